@@ -1,0 +1,83 @@
+"""Eight fake CPU devices before JAX starts, and the bridge to the reference implementations."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Device count and platform are read when the backend starts, so this must come before any test.
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNNER = ROOT / "tests" / "reference" / "run.py"
+TIMEOUT_S = 600
+
+
+def reference_python() -> tuple[Path | None, str]:
+    """The interpreter that has torch: PR2JAX_REFERENCE_PYTHON, else .venv-ref, else (None, why)."""
+    named = os.environ.get("PR2JAX_REFERENCE_PYTHON")
+    if named:
+        path = Path(named)
+        return (path, "") if path.exists() else (None, f"PR2JAX_REFERENCE_PYTHON={named} not found")
+    path = ROOT / ".venv-ref" / "bin" / "python"
+    return (path, "") if path.exists() else (None, "no .venv-ref (launch/test.sh makes it)")
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """`reference(job, arrays=None, params=None) -> arrays`, computed by another implementation.
+
+    Runs tests/reference/jobs/JOB.py in the reference environment (torch, transformers) as its own
+    process; numpy arrays and JSON-able parameters go there and arrays come back by file.  Starting
+    torch takes seconds: hand one job all of a module's cases.  Without that environment the tests
+    that ask are skipped, or fail where PR2JAX_REQUIRE_REFERENCE=1 (`.ci/run`).
+    """
+    python, why = reference_python()
+    if python is None:
+        message = f"reference environment missing: {why}"
+        if os.environ.get("PR2JAX_REQUIRE_REFERENCE") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+
+    def call(job, arrays=None, params=None):
+        folder = tmp_path_factory.mktemp(f"reference_{job}")
+        np.savez(folder / "in.npz", **(arrays or {}))
+        (folder / "in.json").write_text(json.dumps(params or {}))
+        keep = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH")
+        environment = {k: os.environ[k] for k in keep if k in os.environ}
+        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        done = subprocess.run(
+            [python, "-I", RUNNER, job, folder],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        if done.returncode:
+            raise RuntimeError(f"reference job {job!r} failed:\n{done.stdout[-6000:]}")
+        with np.load(folder / "out.npz") as out:
+            return dict(out)
+
+    return call
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how many reference tests were skipped, and why."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = [str(r.longrepr[2]) for r in skipped if isinstance(r.longrepr, tuple)]
+    reasons = [r.removeprefix("Skipped: ") for r in reasons if "reference environment" in r]
+    if reasons:
+        terminalreporter.write_line(f"{len(reasons)} reference tests skipped: {reasons[0]}")
+
+
+def pytest_configure():
+    if "torch" in sys.modules:
+        raise pytest.UsageError("torch does not belong in this environment")
