@@ -1,0 +1,137 @@
+"""Meshes and logical-axis rules: how a `ParamSpec` tree lies on devices.
+
+A rule sends a logical axis to mesh axes. One parameter may use a mesh axis once, and a mesh axis
+must divide the dimension it splits; either fault is a `ShardingError` naming the parameter.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pr2jax.core.config import ConfigError
+from pr2jax.core.params import ParamSpec, map_with_path
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+RULES: Rules = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "experts": "expert",
+    "norm": None,
+}
+
+
+class ShardingError(ValueError):
+    """A parameter or a batch cannot be laid out on the mesh as asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; `data=-1` takes the devices that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def validate(self) -> None:
+        """Raise ConfigError for a size that no mesh can have."""
+        for name in MESH_AXES:
+            size = getattr(self, name)
+            if size < 1 and not (name == "data" and size == -1):
+                rest = ", or -1 for the rest" if name == "data" else ""
+                raise ConfigError(f"{name}: {size} devices; need at least 1{rest}")
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes ("data", "fsdp", "expert", "tensor") over `devices` (default: all).
+
+    Raises ShardingError when the sizes do not multiply to the number of devices.
+    """
+    cfg.validate()
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {name: getattr(cfg, name) for name in MESH_AXES}
+    if sizes["data"] == -1:
+        sizes["data"] = max(1, len(devices) // math.prod(sizes[a] for a in MESH_AXES[1:]))
+    if math.prod(sizes.values()) != len(devices):
+        asked = " x ".join(f"mesh.{name}={getattr(cfg, name)}" for name in MESH_AXES)
+        raise ShardingError(f"{asked} does not multiply to the {len(devices)} devices present")
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
+    )
+
+
+def _canonical(entries: list[tuple[str, ...]]) -> PartitionSpec:
+    # One spelling per layout: jit caches by sharding, so P("x", None) and P("x") would compile
+    # the same program twice.
+    dims = [e[0] if len(e) == 1 else (e or None) for e in entries]
+    while dims and dims[-1] is None:
+        dims.pop()
+    return PartitionSpec(*dims)
+
+
+def partition_spec(path: str, spec: ParamSpec, mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
+    """The PartitionSpec of one parameter; mesh axes of size 1 are left out of it.
+
+    Raises ShardingError, naming `path`, for a logical axis without a rule, a mesh axis used by
+    two dimensions (whatever its size: the fault should not wait for a bigger mesh), or a
+    dimension that its mesh axes do not divide.
+    """
+    used: dict[str, str] = {}
+    entries = []
+    for dim, axis in zip(spec.shape, spec.axes, strict=True):
+        if axis is not None and axis not in rules:
+            raise ShardingError(f"{path}: no sharding rule for its axis {axis!r}")
+        target = rules[axis] if axis is not None else None
+        names = () if target is None else (target,) if isinstance(target, str) else tuple(target)
+        for name in names:
+            if name not in mesh.shape:
+                raise ShardingError(f"{path}: axis {axis!r} goes to the unknown mesh axis {name!r}")
+            if name in used:
+                raise ShardingError(
+                    f"{path}: axes {used[name]!r} and {axis!r} both go to the mesh axis {name!r}"
+                )
+            used[name] = axis
+        names = tuple(n for n in names if mesh.shape[n] > 1)
+        size = math.prod(mesh.shape[n] for n in names)
+        if dim % size:
+            raise ShardingError(
+                f"{path}: dimension {axis!r} of {dim} is not divided by "
+                f"{' x '.join(names)} = {size} devices"
+            )
+        entries.append(names)
+    return _canonical(entries)
+
+
+def param_shardings(specs: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """A NamedSharding for each parameter of `specs`. Raises ShardingError (`partition_spec`)."""
+    return map_with_path(
+        lambda path, spec: NamedSharding(mesh, partition_spec(path, spec, mesh, rules)), specs
+    )
+
+
+def batch_sharding(mesh: Mesh, ndim: int, batch_axis: int = 0) -> NamedSharding:
+    """Rows split over ("data", "fsdp"), every other dimension of an `ndim`-array replicated."""
+    entries: list[tuple[str, ...]] = [()] * ndim
+    entries[batch_axis] = tuple(a for a in BATCH_AXES if mesh.shape[a] > 1)
+    return NamedSharding(mesh, _canonical(entries))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device of the mesh."""
+    return NamedSharding(mesh, PartitionSpec())
