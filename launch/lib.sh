@@ -1,0 +1,75 @@
+# Sourced by the scripts beside it: finds an interpreter and makes virtual environments.
+# shellcheck shell=bash
+
+say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
+
+die() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+# works PYTHON VERSION: it starts (pyenv's shims may not), is that version, and can make a venv.
+works() {
+  "$1" -c "import ensurepip, sys, venv
+sys.exit('%d.%d' % sys.version_info[:2] != '$2')" >/dev/null 2>&1
+}
+
+# find_python VERSION...: prints the first interpreter of the first version that this machine has,
+# looking on the PATH, then among pyenv's.
+find_python() {
+  local version candidate
+  for version in "$@"; do
+    for candidate in "$(command -v "python$version")" "$(command -v python3)" \
+      "$(command -v python)" \
+      "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
+      if [[ -n $candidate && -x $candidate ]] && works "$candidate" "$version"; then
+        printf '%s\n' "$candidate"
+        return 0
+      fi
+    done
+  done
+  return 1
+}
+
+# choose_python: the interpreter for pr2jax. 3.12 and later get the newest jax, 3.11 the oldest
+# that is kept working.
+choose_python() {
+  local python
+  if python=$(find_python 3.12 3.13); then
+    say "using $("$python" --version) at $python: jax 0.12 needs 3.12 or later"
+  elif python=$(find_python 3.11); then
+    say "using $("$python" --version) at $python: no 3.12 or 3.13 on the PATH or under pyenv," \
+      "so jax stays at 0.10"
+  else
+    die "pr2jax needs Python 3.12 or 3.13 (or 3.11) with venv and ensurepip; found none on the" \
+      "PATH or under pyenv"
+  fi
+  printf '%s\n' "$python"
+}
+
+# make_venv DIR PYTHON FILE PIP_ARGUMENT...: an environment with what `pip install` is told;
+# left as it is when FILE (which lists the requirements), arguments and interpreter are the same.
+make_venv() {
+  local dir=$1 python=$2 file=$3 stamp
+  shift 3
+  stamp="$("$python" --version) $(cksum <"$file") $*"
+  if [[ -x $dir/bin/python && -f $dir/.stamp && $(<"$dir/.stamp") == "$stamp" ]]; then
+    return 0
+  fi
+  say "installing into $dir (a few minutes the first time)"
+  "$python" -m venv --clear "$dir" || return 1
+  "$dir/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >&2 || return 1
+  printf '%s\n' "$stamp" >"$dir/.stamp"
+}
+
+# project_venv: makes pr2jax's environment (PR2JAX_VENV, else .venv) and prints where it is.
+# PR2JAX_EXTRAS=cuda or =tpu installs for those devices.
+project_venv() {
+  local python dir=${PR2JAX_VENV:-.venv} extras="test${PR2JAX_EXTRAS:+,$PR2JAX_EXTRAS}"
+  python=$(choose_python) || exit 1
+  if [[ -z ${PR2JAX_EXTRAS:-} ]] && command -v nvidia-smi >/dev/null; then
+    say "installing for the CPU; PR2JAX_EXTRAS=cuda installs for this machine's GPU"
+  fi
+  make_venv "$dir" "$python" setup.py --editable ".[$extras]" || die "could not make $dir"
+  printf '%s\n' "$dir"
+}
