@@ -19,7 +19,7 @@ from flax import struct, traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
 from pr2jax.core.config import ConfigError
-from pr2jax.core.params import Tree, map_with_path, tree_paths
+from pr2jax.core.params import Tree, map_with_path, path_str, tree_paths
 
 DEFAULT, FROZEN = "default", "frozen"
 NO_DECAY = r"(^|/)([^/]*norm[^/]*|[^/]*bias)(/|$)"
@@ -177,7 +177,7 @@ def _chain(cfg: OptimConfig, label: str) -> optax.GradientTransformation:
     if group.weight_decay:
         mask = lambda tree: map_with_path(lambda p, _: not re.search(cfg.no_decay, p), tree)  # noqa: E731
         parts.append(optax.add_decayed_weights(group.weight_decay, mask=mask))
-    return optax.chain(*parts)
+    return optax.chain(*parts) if parts else optax.identity()
 
 
 def _labels(cfg: OptimConfig, paths: list[str]) -> dict[str, str]:
@@ -297,9 +297,10 @@ class Optimizer:
 
         `params`: arrays or `jax.ShapeDtypeStruct`. Scalars are left without a sharding.
         """
-        sharding_of = dict(
-            zip(tree_paths(params), [getattr(p, "sharding", None) for p in jax.tree.leaves(params)])
-        )
+        sharding_of = {
+            path_str(path): getattr(leaf, "sharding", None)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        }
 
         def place(path, leaf):
             # "groups/LABEL/INDEX/mu/PARAMETER PATH": the longest parameter path that ends it.

@@ -93,7 +93,8 @@ def init_params(specs: Tree, key: Key[Array, ""], shardings: Tree | None = None)
     """Initial values of `specs`; each parameter draws from the key of its own path.
 
     A parameter's value depends on the seed, its path and its shape only: not on the other
-    parameters, nor on the mesh. With `shardings` each device makes only its own shards.
+    parameters, nor on the mesh (up to an ulp or two: XLA compiles erf_inv differently for a
+    shard than for the whole). With `shardings` each device makes only its own shards.
     """
 
     def build(key):
