@@ -44,7 +44,8 @@ class MoEConfig:
     `selection_bias` adds a bias to the scores for selection alone (auxiliary-loss-free
     balancing); `num_groups`/`top_groups` restrict selection to the best groups of experts
     (DeepSeek-V3). `shared_dim` is the hidden width of the always-on shared expert (0: none).
-    `predictor` adds the zero-initialised route predictor W_p (PR2, Eq. 4).
+    `predictor` adds the zero-initialised route predictor W_p (PR2, Eq. 4). `impl` is the grouped
+    matmul (`auto`: by platform, experts.py) and `block_size` its rows a block (0: by the load).
     """
 
     num_experts: int = 16
@@ -58,7 +59,7 @@ class MoEConfig:
     top_groups: int = 1
     routed_scaling: float = 1.0
     predictor: bool = True
-    impl: Literal["auto", "blocks", "ragged", "dense"] = "auto"
+    impl: Literal["auto", "blocks", "batched", "ragged", "dense"] = "auto"
     block_size: int = 0
 
     def validate(self) -> None:
@@ -126,7 +127,9 @@ class ModelConfig:
                 f"num_kv_heads: {self.num_kv_heads} does not divide num_heads={self.num_heads}"
             )
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim: rotary embeddings need an even width, got {self.head_dim}")
+            raise ConfigError(
+                f"head_dim: rotary embeddings need an even width, got {self.head_dim}"
+            )
         if self.moe_every < 1:
             raise ConfigError(f"moe_every: must be at least 1, got {self.moe_every}")
         if not self.window_pattern:

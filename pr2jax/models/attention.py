@@ -1,0 +1,176 @@
+"""Grouped-query attention: projections, rotary embeddings, masks, kernels, and the cached form."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pr2jax.core.params import ParamSpec, fan_in, ones, zeros
+from pr2jax.models import cache as cache_lib
+from pr2jax.models.cache import Cache
+from pr2jax.models.config import ModelConfig
+from pr2jax.models.layers import apply_rope, linear, rms_norm
+
+
+def attention_specs(cfg: ModelConfig, repeats: int) -> dict:
+    """Parameters of `repeats` stacked attention layers."""
+    r, d, h, kv, dim = repeats, cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    out_scale = (2 * cfg.num_layers) ** -0.5
+    specs = {}
+    for name, heads, axis in (("q", h, "heads"), ("k", kv, "kv_heads"), ("v", kv, "kv_heads")):
+        specs[name] = {
+            "kernel": ParamSpec((r, d, heads, dim), ("layers", "embed", axis, None), fan_in(-3))
+        }
+        if cfg.attention_bias:
+            specs[name]["bias"] = ParamSpec((r, heads, dim), ("layers", axis, None), zeros)
+    specs["o"] = {
+        "kernel": ParamSpec(
+            (r, h, dim, d), ("layers", "heads", None, "embed"), fan_in(-3, -2, scale=out_scale)
+        )
+    }
+    if cfg.attention_out_bias:
+        specs["o"]["bias"] = ParamSpec((r, d), ("layers", "norm"), zeros)
+    if cfg.qk_norm != "none":
+        for name, heads in (("q_norm", h), ("k_norm", kv)):
+            width = dim if cfg.qk_norm == "head" else heads * dim
+            specs[name] = {"scale": ParamSpec((r, width), ("layers", "norm"), ones)}
+    return specs
+
+
+def packed_mask(segment_ids: Int[Array, "B T"], window: int) -> Bool[Array, "B T T"]:
+    """Causal within a segment (and a window of that many tokens, itself included; 0: no limit).
+
+    Rows are packed in order, so index order is position order. Every query sees itself, padding
+    included: no row of the softmax is empty.
+    """
+    length = segment_ids.shape[1]
+    query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
+    allowed = key <= query
+    if window:
+        allowed &= key > query - window
+    return allowed[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
+def cached_mask(
+    positions: Int[Array, "B T"], read_length: int, window: int
+) -> Bool[Array, "B T S"]:
+    """Cache index j is seen from position p when j <= p (and j > p - window)."""
+    key = jnp.arange(read_length)[None, None, :]
+    query = positions[:, :, None]
+    allowed = key <= query
+    if window:
+        allowed &= key > query - window
+    return allowed
+
+
+def einsum_attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S G d"],
+    v: Float[Array, "B S G d"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T H d"]:
+    """softmax(q k / sqrt(d)) v by plain products, softmax in fp32; the oracle of the kernels."""
+    batch, length, heads, dim = q.shape
+    groups = k.shape[2]
+    q = q.reshape(batch, length, groups, heads // groups, dim)
+    logits = jnp.einsum("btghd,bsgd->bghts", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.where(mask[:, None, None], logits * dim**-0.5, -1e30)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bghts,bsgd->btghd", weights, v).reshape(batch, length, heads, dim)
+
+
+def splash_attention(q, k, v, segment_ids, window: int, interpret: bool = False):
+    """The TPU block-sparse flash kernel; arguments as `einsum_attention`, packed rows.
+
+    Grouped heads are read in place; blocks outside the causal window are not computed.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel_lib,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
+
+    _, length, heads, dim = q.shape
+    if window:
+        one = mask_lib.LocalMask((length, length), (window - 1, 0), 0)
+    else:
+        one = mask_lib.CausalMask((length, length))
+    kernel = kernel_lib.make_splash_mha(
+        mask_lib.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+    move = lambda x: x.swapaxes(1, 2)
+    segments = kernel_lib.SegmentIds(q=segment_ids, kv=segment_ids)
+    out = jax.vmap(kernel)(move(q) * dim**-0.5, move(k), move(v), segments)
+    return move(out)
+
+
+def resolve_impl(cfg: ModelConfig, platform: str, length: int, dtype) -> str:
+    """The attention kernel for full (uncached) rows of `length` tokens on `platform`.
+
+    `auto` takes splash on TPU where its tiles fit (length a multiple of 128, head_dim of 64),
+    cuDNN's flash attention on GPU in half precision, else the plain einsum.
+    """
+    if cfg.attention_impl != "auto":
+        return cfg.attention_impl
+    if platform == "tpu" and length % 128 == 0 and cfg.head_dim % 64 == 0:
+        return "splash"
+    half = jnp.dtype(dtype).itemsize == 2
+    if platform in ("gpu", "cuda") and half and cfg.head_dim <= 128 and cfg.head_dim % 8 == 0:
+        return "cudnn"
+    return "einsum"
+
+
+def _project(params: dict, name: str, x, heads: int, cfg: ModelConfig):
+    kernel = params[name]["kernel"]
+    bias = params[name].get("bias")
+    y = linear(x, kernel.reshape(kernel.shape[0], -1), None if bias is None else bias.reshape(-1))
+    norm = params.get(f"{name}_norm")
+    if norm is not None and cfg.qk_norm == "full":
+        y = rms_norm(y, norm["scale"], cfg.norm_eps)
+    if cfg.clip_qkv:
+        y = jnp.clip(y, -cfg.clip_qkv, cfg.clip_qkv)
+    y = y.reshape(*x.shape[:-1], heads, cfg.head_dim)
+    if norm is not None and cfg.qk_norm == "head":
+        y = rms_norm(y, norm["scale"], cfg.norm_eps)
+    return y
+
+
+def attention(
+    params: dict,
+    x: Float[Array, "B T D"],
+    *,
+    cfg: ModelConfig,
+    rope: tuple[Array, Array],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    mask: Bool[Array, "B T S"] | None,
+    window: int,
+    impl: str,
+    cache: Cache | None,
+    layer: int | Int[Array, ""],
+    read_length: int,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """One attention layer; with a cache, keys and values are written first and read from it."""
+    q = apply_rope(_project(params, "q", x, cfg.num_heads, cfg), *rope)
+    k = apply_rope(_project(params, "k", x, cfg.num_kv_heads, cfg), *rope)
+    v = _project(params, "v", x, cfg.num_kv_heads, cfg)
+    if cache is not None:
+        cache = Cache(
+            k=cache_lib.write(cache.k, layer, positions, k),
+            v=cache_lib.write(cache.v, layer, positions, v),
+        )
+        read = lambda buf: lax.dynamic_index_in_dim(buf, layer, keepdims=False)[:, :read_length]
+        out = einsum_attention(
+            q, read(cache.k).astype(x.dtype), read(cache.v).astype(x.dtype), mask
+        )
+    elif impl == "splash":
+        interpret = jax.default_backend() == "cpu"
+        out = splash_attention(q, k, v, segment_ids, window, interpret).astype(x.dtype)
+    elif impl == "cudnn":
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+    else:
+        out = einsum_attention(q, k, v, mask)
+    kernel, bias = params["o"]["kernel"], params["o"].get("bias")
+    flat = out.reshape(*out.shape[:-2], -1)
+    return linear(flat, kernel.reshape(-1, kernel.shape[-1]), bias), cache

@@ -1,0 +1,252 @@
+"""Grouped SwiGLU over experts, dropless: compute follows the assignments that are there.
+
+Four implementations of one function, `apply_experts`:
+  blocks  (CPU) assignments are sorted by expert and padded to blocks of rows that share an expert;
+          a loop with a dynamic trip count multiplies each block by its expert's weights, so that
+          empty blocks cost nothing. The backward pass is written by hand: it gathers where
+          automatic differentiation would scatter, and adds weight gradients in place.
+  batched (GPU) the same blocks as one batched matmul over a static worst-case count of them.
+  ragged  (TPU) `jax.lax.ragged_dot` on the sorted rows; on CPU it does E times the work.
+  dense   every expert on every token, the oracle of the tests.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+IMPLEMENTATIONS = ("blocks", "batched", "ragged", "dense")
+BY_PLATFORM = {"cpu": "blocks", "gpu": "batched", "cuda": "batched", "tpu": "ragged"}
+
+
+class ExpertWeights(NamedTuple):
+    """SwiGLU weights of all experts."""
+
+    gate: Float[Array, "E D F"]
+    up: Float[Array, "E D F"]
+    down: Float[Array, "E F D"]
+
+
+class Dispatch(NamedTuple):
+    """Where each assignment goes: slots are rows of the sorted, block-padded layout."""
+
+    token: Int[Array, "slots"]  # the token a slot reads (any token when not valid)
+    valid: Float[Array, "slots"]  # 1 where an assignment stands in the slot
+    assignment: Int[Array, "slots"]  # which flattened (token, k) it is
+    slot: Int[Array, "N K"]  # the slot of each assignment
+    block_expert: Int[Array, "blocks"]
+    num_blocks: Int[Array, ""]  # blocks in use
+
+
+def choose_block_size(num_assignments: int, num_experts: int) -> int:
+    """Rows a block: about half of an expert's mean load, a power of two between 8 and 256."""
+    mean = max(1, num_assignments // (2 * num_experts))
+    return int(min(256, max(8, 2 ** round(np.log2(mean)))))
+
+
+def plan_dispatch(ids: Int[Array, "N K"], num_experts: int, block: int) -> Dispatch:
+    """Sorts assignments by expert and lays them out in blocks of `block` rows (static bound)."""
+    n, k = ids.shape
+    total = n * k
+    flat = ids.reshape(total)
+    max_blocks = min(total, (total + num_experts * (block - 1)) // block)
+    order = jnp.argsort(flat, stable=True)
+    experts = jnp.arange(num_experts)
+    counts = jnp.sum(flat[:, None] == experts, axis=0, dtype=jnp.int32)
+    first = jnp.cumsum(counts) - counts
+    blocks = (counts + block - 1) // block
+    block_end = jnp.cumsum(blocks)
+    block_first = block_end - blocks
+    block_ids = jnp.arange(max_blocks)
+    block_expert = jnp.minimum(
+        jnp.sum(block_ids[:, None] >= block_end[None, :], axis=1, dtype=jnp.int32), num_experts - 1
+    )
+    within = (block_ids - block_first[block_expert])[:, None] * block + jnp.arange(block)
+    valid = within < counts[block_expert][:, None]
+    rank = jnp.where(valid, first[block_expert][:, None] + within, 0).reshape(-1)
+    assignment = order[rank]
+    sorted_experts = flat[order]
+    slot_sorted = block_first[sorted_experts] * block + jnp.arange(total) - first[sorted_experts]
+    slot = jnp.zeros(total, jnp.int32).at[order].set(slot_sorted, unique_indices=True)
+    return Dispatch(
+        token=assignment // k,
+        valid=valid.reshape(-1).astype(jnp.float32),
+        assignment=assignment,
+        slot=slot.reshape(n, k),
+        block_expert=block_expert,
+        num_blocks=block_end[-1],
+    )
+
+
+def _silu_mul(gate, up):
+    return jax.nn.silu(gate) * up
+
+
+def _blocks_forward(x, weights: ExpertWeights, plan: Dispatch, block: int):
+    """y [slots, D], and the pre-activations [slots, F] that the backward pass needs."""
+    d, f = weights.gate.shape[1:]
+    xs = x[plan.token]
+    slots = xs.shape[0]
+
+    def body(b, carry):
+        ys, gs, us = carry
+        e = plan.block_expert[b]
+        start = b * block
+        rows = lax.dynamic_slice(xs, (start, 0), (block, d))
+        take = lambda w: lax.dynamic_index_in_dim(w, e, keepdims=False)
+        g = rows @ take(weights.gate)
+        u = rows @ take(weights.up)
+        y = _silu_mul(g, u) @ take(weights.down)
+        put = lambda buf, v: lax.dynamic_update_slice(buf, v, (start, 0))
+        return put(ys, y), put(gs, g), put(us, u)
+
+    init = (
+        jnp.zeros((slots, d), x.dtype),
+        jnp.zeros((slots, f), x.dtype),
+        jnp.zeros((slots, f), x.dtype),
+    )
+    return lax.fori_loop(0, plan.num_blocks, body, init)
+
+
+def _blocks_backward(x, weights: ExpertWeights, plan: Dispatch, block, gs, us, gates, dy):
+    """Gradients of x, weights and gates; dy [N, D] in fp32."""
+    d, f = weights.gate.shape[1:]
+    xs = x[plan.token]
+    slots = xs.shape[0]
+    gate_slot = gates.reshape(-1)[plan.assignment] * plan.valid
+    dys = (dy[plan.token] * plan.valid[:, None]).astype(x.dtype)
+
+    def body(b, carry):
+        dxs, dgates, dw = carry
+        e = plan.block_expert[b]
+        start = b * block
+        rows = lambda a, width: lax.dynamic_slice(a, (start, 0), (block, width))
+        take = lambda w: lax.dynamic_index_in_dim(w, e, keepdims=False)
+        xb, g, u, dyb = rows(xs, d), rows(gs, f), rows(us, f), rows(dys, d)
+        gate = lax.dynamic_slice(gate_slot, (start,), (block,))
+        h, pull = jax.vjp(_silu_mul, g, u)
+        dh = dyb @ take(weights.down).T
+        dgate = jnp.sum((dh * h).astype(jnp.float32), axis=1)
+        scale = gate[:, None].astype(x.dtype)
+        dg, du = pull(dh * scale)
+        dxb = dg @ take(weights.gate).T + du @ take(weights.up).T
+        outer = lambda a, c: lax.dot_general(
+            a, c, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        add = lambda buf, v: lax.dynamic_update_index_in_dim(
+            buf, lax.dynamic_index_in_dim(buf, e, keepdims=False) + v, e, 0
+        )
+        dw = ExpertWeights(
+            add(dw.gate, outer(xb, dg)),
+            add(dw.up, outer(xb, du)),
+            add(dw.down, outer(h * scale, dyb)),
+        )
+        return (
+            lax.dynamic_update_slice(dxs, dxb, (start, 0)),
+            lax.dynamic_update_slice(dgates, dgate, (start,)),
+            dw,
+        )
+
+    zeros = lambda w: jnp.zeros(w.shape, jnp.float32)
+    init = (
+        jnp.zeros((slots, d), x.dtype),
+        jnp.zeros((slots,), jnp.float32),
+        ExpertWeights(*map(zeros, weights)),
+    )
+    dxs, dgates, dw = lax.fori_loop(0, plan.num_blocks, body, init)
+    dx = jnp.sum(dxs[plan.slot].astype(jnp.float32), axis=1).astype(x.dtype)
+    dweights = ExpertWeights(*(g.astype(w.dtype) for g, w in zip(dw, weights, strict=True)))
+    return dx, dweights, dgates[plan.slot]
+
+
+def _combine(ys, plan: Dispatch, gates):
+    """fp32 sum over the K experts of a token."""
+    return jnp.einsum(
+        "nkd,nk->nd", ys[plan.slot].astype(jnp.float32), gates, precision=lax.Precision.HIGHEST
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _experts_blocks(x, weights, gates, ids, block):
+    plan = plan_dispatch(ids, weights.gate.shape[0], block)
+    ys, _, _ = _blocks_forward(x, weights, plan, block)
+    return _combine(ys, plan, gates)
+
+
+def _experts_blocks_fwd(x, weights, gates, ids, block):
+    plan = plan_dispatch(ids, weights.gate.shape[0], block)
+    ys, gs, us = _blocks_forward(x, weights, plan, block)
+    return _combine(ys, plan, gates), (x, weights, gates, plan, gs, us)
+
+
+def _experts_blocks_bwd(block, residuals, dy):
+    x, weights, gates, plan, gs, us = residuals
+    dx, dweights, dgates = _blocks_backward(x, weights, plan, block, gs, us, gates, dy)
+    dids = np.zeros(plan.slot.shape, jax.dtypes.float0)
+    return dx, dweights, dgates.astype(gates.dtype), dids
+
+
+_experts_blocks.defvjp(_experts_blocks_fwd, _experts_blocks_bwd)
+
+
+def _experts_batched(x, weights, gates, ids, block):
+    plan = plan_dispatch(ids, weights.gate.shape[0], block)
+    xs = x[plan.token].reshape(-1, block, x.shape[1])
+    wg, wu, wd = (w[plan.block_expert] for w in weights)
+    h = _silu_mul(jnp.einsum("nbd,ndf->nbf", xs, wg), jnp.einsum("nbd,ndf->nbf", xs, wu))
+    ys = jnp.einsum("nbf,nfd->nbd", h, wd).reshape(-1, x.shape[1])
+    return _combine(ys, plan, gates)
+
+
+def _experts_ragged(x, weights, gates, ids):
+    n, k = ids.shape
+    flat = ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    inverse = jnp.zeros(n * k, jnp.int32).at[order].set(jnp.arange(n * k), unique_indices=True)
+    sizes = jnp.sum(flat[:, None] == jnp.arange(weights.gate.shape[0]), axis=0, dtype=jnp.int32)
+    xs = x[order // k]
+    h = _silu_mul(lax.ragged_dot(xs, weights.gate, sizes), lax.ragged_dot(xs, weights.up, sizes))
+    ys = lax.ragged_dot(h, weights.down, sizes)[inverse].reshape(n, k, -1)
+    return jnp.einsum("nkd,nk->nd", ys.astype(jnp.float32), gates, precision=lax.Precision.HIGHEST)
+
+
+def _experts_dense(x, weights, gates, ids):
+    onehot = ids[..., None] == jnp.arange(weights.gate.shape[0])
+    mix = jnp.sum(gates[..., None] * onehot, axis=1)
+    h = _silu_mul(
+        jnp.einsum("nd,edf->enf", x, weights.gate), jnp.einsum("nd,edf->enf", x, weights.up)
+    )
+    ys = jnp.einsum("enf,efd->end", h, weights.down).astype(jnp.float32)
+    return jnp.einsum("end,ne->nd", ys, mix, precision=lax.Precision.HIGHEST)
+
+
+def apply_experts(
+    x: Float[Array, "N D"],
+    weights: ExpertWeights,
+    gates: Float[Array, "N K"],
+    ids: Int[Array, "N K"],
+    *,
+    impl: str,
+    block: int = 0,
+) -> Float[Array, "N D"]:
+    """sum_k gates[n, k] * SwiGLU_{ids[n, k]}(x[n]), combined in fp32; no assignment is dropped.
+
+    `impl` is one of IMPLEMENTATIONS; `block` the rows a block (0: by the load). Raises
+    ValueError for another `impl`.
+    """
+    if impl == "dense":
+        return _experts_dense(x, weights, gates, ids)
+    if impl == "ragged":
+        return _experts_ragged(x, weights, gates, ids)
+    size = block or choose_block_size(ids.size, weights.gate.shape[0])
+    if impl == "batched":
+        return _experts_batched(x, weights, gates, ids, size)
+    if impl == "blocks":
+        return _experts_blocks(x, weights, gates, ids, size)
+    raise ValueError(f"impl: {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")

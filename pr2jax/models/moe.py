@@ -1,0 +1,157 @@
+"""The Mixture-of-Experts layer: route, dispatch, combine; and what it tells about its routes."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from pr2jax.core.params import ParamSpec, fan_in, zeros
+from pr2jax.core.sharding import BATCH_AXES
+from pr2jax.models import router
+from pr2jax.models.config import ModelConfig, MoEConfig
+from pr2jax.models.experts import BY_PLATFORM, ExpertWeights, apply_experts
+from pr2jax.models.layers import swiglu
+
+
+@struct.dataclass
+class Record:
+    """Which router inputs and logits a forward returns.
+
+    positions: rows' token indices to keep, [B, C]; None keeps every token (C = T).
+    """
+
+    positions: Int[Array, "B C"] | None = None
+    inputs: bool = struct.field(pytree_node=False, default=True)
+    logits: bool = struct.field(pytree_node=False, default=True)
+
+
+class MoEOptions(NamedTuple):
+    """What a forward asks of each MoE layer, the same for all of them."""
+
+    record: Record | None
+    diagnostics: bool
+    stats: bool
+    mesh: Mesh | None
+    platform: str
+
+
+def swiglu_specs(cfg: ModelConfig, repeats: int, width: int) -> dict:
+    """Parameters of `repeats` stacked dense SwiGLU layers."""
+    r, d = repeats, cfg.d_model
+    down = fan_in(-2, scale=(2 * cfg.num_layers) ** -0.5)
+    return {
+        "gate": ParamSpec((r, d, width), ("layers", "embed", "mlp"), fan_in(-2)),
+        "up": ParamSpec((r, d, width), ("layers", "embed", "mlp"), fan_in(-2)),
+        "down": ParamSpec((r, width, d), ("layers", "mlp", "embed"), down),
+    }
+
+
+def moe_specs(cfg: ModelConfig, repeats: int) -> dict:
+    """Parameters of `repeats` stacked MoE layers. The predictor starts at zero (PR2, Eq. 4)."""
+    moe = cfg.moe
+    r, d, e, f = repeats, cfg.d_model, moe.num_experts, moe.expert_dim
+    down = fan_in(-2, scale=(2 * cfg.num_layers) ** -0.5)
+    wide = ("layers", "experts", "embed", "mlp")
+    specs = {
+        "router": {"kernel": ParamSpec((r, d, e), ("layers", None, None), fan_in(-2))},
+        "experts": {
+            "gate": ParamSpec((r, e, d, f), wide, fan_in(-2)),
+            "up": ParamSpec((r, e, d, f), wide, fan_in(-2)),
+            "down": ParamSpec((r, e, f, d), ("layers", "experts", "mlp", "embed"), down),
+        },
+    }
+    if moe.selection_bias:
+        specs["router"]["selection_bias"] = ParamSpec((r, e), ("layers", None), zeros)
+    if moe.predictor:
+        specs["predictor"] = {"kernel": ParamSpec((r, d, e), ("layers", None, None), zeros)}
+    if moe.shared_dim:
+        specs["shared"] = swiglu_specs(cfg, repeats, moe.shared_dim)
+    return specs
+
+
+def dispatch(
+    x: Float[Array, "B T D"],
+    weights: ExpertWeights,
+    gates: Float[Array, "B T K"],
+    ids: Int[Array, "B T K"],
+    moe: MoEConfig,
+    options: MoEOptions,
+) -> Float[Array, "B T D"]:
+    """Sends tokens to their experts and combines in fp32, each data shard its own tokens."""
+    impl = BY_PLATFORM[options.platform] if moe.impl == "auto" else moe.impl
+
+    def local(x, weights, gates, ids):
+        flat = lambda a: a.reshape(-1, a.shape[-1])
+        y = apply_experts(flat(x), weights, flat(gates), flat(ids), impl=impl, block=moe.block_size)
+        return y.reshape(x.shape)
+
+    mesh = options.mesh
+    if mesh is None or math.prod(mesh.shape[a] for a in BATCH_AXES) == 1:
+        return local(x, weights, gates, ids)
+    rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(rows, ExpertWeights(whole, whole, whole), rows, rows),
+        out_specs=rows,
+        check_vma=False,
+    )(x, weights, gates, ids)
+
+
+def _at(values: Float[Array, "B T X"], positions: Int[Array, "B C"] | None):
+    if positions is None:
+        return values
+    return jnp.take_along_axis(values, positions[..., None], axis=1)
+
+
+def moe_layer(
+    params: dict,
+    x: Float[Array, "B T D"],
+    *,
+    cfg: ModelConfig,
+    real: Bool[Array, "B T"],
+    routes: Int[Array, "B T K"] | None,
+    shift: Float[Array, "D E"] | None,
+    options: MoEOptions,
+) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+    """y = sum over the used experts, and the layer's taps (a dict of arrays).
+
+    The used experts are `routes` where given, else the top-k of logits shifted by x @ `shift`
+    (PR2, Eq. 4-6), else the live top-k. Gates are always those of the un-shifted logits.
+    Taps: `routes`; `inputs` and `logits` at recorded positions; `agreement` and `margin`
+    (diagnostics); `load_balance`, `z` and `load` (stats).
+    """
+    moe = cfg.moe
+    bias = params["router"].get("selection_bias")
+    logits = router.project(x, params["router"]["kernel"])
+    if routes is not None:
+        ids = routes.astype(jnp.int32)
+    elif shift is not None:
+        ids = router.select(logits + router.project(x, shift), bias, moe)
+    else:
+        ids = router.select(logits, bias, moe)
+    gates = router.gates(logits, ids, moe)
+    weights = ExpertWeights(*(params["experts"][n].astype(x.dtype) for n in ExpertWeights._fields))
+    y = dispatch(x, weights, gates, ids, moe, options)
+    if "shared" in params:
+        y = y + swiglu(params["shared"], x).astype(jnp.float32)
+
+    taps = {"routes": ids}
+    record = options.record
+    if record is not None and record.logits:
+        taps["logits"] = _at(logits, record.positions)
+    if record is not None and record.inputs:
+        taps["inputs"] = _at(x, record.positions)
+    if options.diagnostics:
+        choice = jax.lax.stop_gradient(router.selection_scores(logits, bias, moe))
+        taps["agreement"] = router.agreement(ids, jax.lax.top_k(choice, moe.top_k)[1])
+        taps["margin"] = router.margin(choice, moe.top_k)
+    if options.stats:
+        taps["load_balance"], taps["z"], taps["load"] = router.router_stats(logits, ids, real, moe)
+    return y.astype(x.dtype), taps
