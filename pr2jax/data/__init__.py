@@ -1,0 +1,1 @@
+"""Text to token batches: tokenizers, prompt rendering, packing, and resumable batch order."""

@@ -1,0 +1,197 @@
+"""Tokenizers: bytes, characters of a stated alphabet, Hugging Face and SentencePiece files.
+
+All have one small interface (`Tokenizer`). Special tokens are ids outside text: `encode` never
+produces them (a text that spells "<eos>" stays text) and `decode` leaves them out. `pad_id`
+fills rows only; masks come from lengths, so it may equal `eos_id`.
+"""
+
+import dataclasses
+import json
+import os
+from typing import Any, Literal, Protocol
+
+from pr2jax.core.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer.
+
+    kind: "byte" (256 bytes of UTF-8), "char" (one id a character of `alphabet`), "hf" (a
+        tokenizer.json, or the directory holding it), "sentencepiece" (a .model file).
+    path: file or directory, for "hf" and "sentencepiece".
+    alphabet: the characters, for "char", in id order.
+    eos: the end token's text, for "hf" where tokenizer_config.json does not name it.
+    """
+
+    kind: Literal["byte", "char", "hf", "sentencepiece"] = "byte"
+    path: str = ""
+    alphabet: str = ""
+    eos: str = ""
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key that is missing or does nothing for this kind."""
+        if self.kind not in ("byte", "char", "hf", "sentencepiece"):
+            raise ConfigError(f"kind: {self.kind!r} is not byte, char, hf or sentencepiece")
+        if self.kind == "char" and not self.alphabet:
+            raise ConfigError("alphabet: kind 'char' needs its characters")
+        if self.kind != "char" and self.alphabet:
+            raise ConfigError(f"alphabet: only for kind 'char', not {self.kind!r}")
+        if len(set(self.alphabet)) != len(self.alphabet):
+            twice = sorted({c for c in self.alphabet if self.alphabet.count(c) > 1})
+            raise ConfigError(f"alphabet: {''.join(twice)!r} stands there more than once")
+        if self.kind in ("hf", "sentencepiece") and not self.path:
+            raise ConfigError(f"path: kind {self.kind!r} needs a file")
+        if self.kind in ("byte", "char") and self.path:
+            raise ConfigError(f"path: kind {self.kind!r} reads no file")
+        if self.eos and self.kind != "hf":
+            raise ConfigError(f"eos: only for kind 'hf', not {self.kind!r}")
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. `bos_id` is None where the model wants no first token."""
+
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+    bos_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without specials. Raises ValueError where it cannot be written."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, specials left out."""
+        ...
+
+
+class ByteTokenizer:
+    """Ids 0..255 are UTF-8 bytes; 256 is <pad>, 257 is <eos>."""
+
+    vocab_size, pad_id, eos_id, bos_id = 258, 256, 257, None
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in map(int, ids) if 0 <= i < 256).decode("utf-8", errors="replace")
+
+
+class CharTokenizer:
+    """Id 0 is <pad>, 1 is <eos>, then the alphabet in its order from id 2."""
+
+    pad_id, eos_id, bos_id = 0, 1, None
+
+    def __init__(self, alphabet: str):
+        self._ids = {c: i + 2 for i, c in enumerate(alphabet)}
+        self._chars = {i: c for c, i in self._ids.items()}
+        self.vocab_size = len(alphabet) + 2
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self._ids[c] for c in text]
+        except KeyError as error:
+            raise ValueError(
+                f"character {error.args[0]!r} is not in the alphabet of this tokenizer "
+                f"(text: {text[:60]!r})"
+            ) from None
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self._chars.get(int(i), "") for i in ids)
+
+
+class HFTokenizer:
+    """A `tokenizer.json` read by the `tokenizers` library (no `transformers`)."""
+
+    def __init__(self, path: str, eos: str = ""):
+        import tokenizers
+
+        file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+        if not os.path.isfile(file):
+            raise ConfigError(f"path: no tokenizer.json at {file}")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(file)
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(f"path: {file} is not a tokenizer.json ({error})") from None
+        # A tokenizer.json may carry padding or truncation settings of its training script.
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        # Text from a problem or a model must not turn into a control token.
+        self._tokenizer.encode_special_tokens = True
+        beside = os.path.join(os.path.dirname(file), "tokenizer_config.json")
+        names: dict[str, Any] = {}
+        if os.path.isfile(beside):
+            with open(beside, encoding="utf-8") as f:
+                names = json.load(f)
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        eos_id = self._special(eos or names.get("eos_token"))
+        if eos_id is None:
+            wanted = eos or names.get("eos_token")
+            why = f"token {wanted!r} is not in {file}" if wanted else f"{beside} names none"
+            raise ConfigError(f"eos: no end token: {why}")
+        self.eos_id = eos_id
+        pad_id = self._special(names.get("pad_token"))
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+        self.bos_id = self._special(names.get("bos_token")) if names.get("add_bos_token") else None
+
+    def _special(self, token: Any) -> int | None:
+        if isinstance(token, dict):
+            token = token.get("content")
+        return self._tokenizer.token_to_id(token) if token else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece `.model` file. Without a pad piece, <pad> is <eos>."""
+
+    def __init__(self, path: str):
+        import sentencepiece
+
+        if not os.path.isfile(path):
+            raise ConfigError(f"path: no SentencePiece model at {path}")
+        self._sp = sentencepiece.SentencePieceProcessor()
+        try:
+            self._sp.Load(path)
+        except (RuntimeError, OSError) as error:
+            raise ConfigError(f"path: {path} is not a SentencePiece model ({error})") from None
+        self.vocab_size = self._sp.get_piece_size()
+        self.eos_id = self._sp.eos_id()
+        if self.eos_id < 0:
+            raise ConfigError(f"path: {path} has no end piece")
+        self.pad_id = self._sp.pad_id() if self._sp.pad_id() >= 0 else self.eos_id
+        self.bos_id = self._sp.bos_id() if self._sp.bos_id() >= 0 else None
+        self._controls = {i for i in range(self.vocab_size) if self._sp.is_control(i)}
+
+    def encode(self, text: str) -> list[int]:
+        return self._sp.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._sp.decode([int(i) for i in ids if int(i) not in self._controls])
+
+
+def build_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
+    """The tokenizer `cfg` describes. Raises ConfigError naming the key at fault."""
+    cfg.validate()
+    if cfg.kind == "byte":
+        return ByteTokenizer()
+    if cfg.kind == "char":
+        return CharTokenizer(cfg.alphabet)
+    if cfg.kind == "hf":
+        return HFTokenizer(cfg.path, cfg.eos)
+    return SentencePieceTokenizer(cfg.path)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a prompt: the first token where the model wants one, then the text.
+
+    Raises ValueError on an empty result: a model needs one token to predict from.
+    """
+    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
+    if not ids:
+        raise ValueError("an empty prompt gives no tokens")
+    return ids
