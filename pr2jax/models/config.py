@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is, as frozen dataclasses; and how its layers fold into segments."""
+"""What a decoder-only transformer is, as frozen dataclasses; how its layers fold into segments."""
 
 from __future__ import annotations
 

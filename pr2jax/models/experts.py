@@ -36,11 +36,11 @@ class ExpertWeights(NamedTuple):
 class Dispatch(NamedTuple):
     """Where each assignment goes: slots are rows of the sorted, block-padded layout."""
 
-    token: Int[Array, "slots"]  # the token a slot reads (any token when not valid)
-    valid: Float[Array, "slots"]  # 1 where an assignment stands in the slot
-    assignment: Int[Array, "slots"]  # which flattened (token, k) it is
+    token: Int[Array, " slots"]  # the token a slot reads (any token when not valid)
+    valid: Float[Array, " slots"]  # 1 where an assignment stands in the slot
+    assignment: Int[Array, " slots"]  # which flattened (token, k) it is
     slot: Int[Array, "N K"]  # the slot of each assignment
-    block_expert: Int[Array, "blocks"]
+    block_expert: Int[Array, " blocks"]
     num_blocks: Int[Array, ""]  # blocks in use
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from pr2jax.models.config import ModelConfig
 
 
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float):
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float):
     """x / rms(x) * scale, computed in fp32, returned in x's dtype (Zhang & Sennrich 2019)."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)

@@ -28,7 +28,7 @@ def scores(logits: Float[Array, "... E"], cfg: MoEConfig) -> Float[Array, "... E
 
 
 def selection_scores(
-    logits: Float[Array, "... E"], bias: Float[Array, "E"] | None, cfg: MoEConfig
+    logits: Float[Array, "... E"], bias: Float[Array, " E"] | None, cfg: MoEConfig
 ) -> Float[Array, "... E"]:
     """What top-k is taken of: logits, or biased scores; -inf outside the chosen groups.
 
@@ -52,7 +52,7 @@ def selection_scores(
 
 
 def select(
-    logits: Float[Array, "... E"], bias: Float[Array, "E"] | None, cfg: MoEConfig
+    logits: Float[Array, "... E"], bias: Float[Array, " E"] | None, cfg: MoEConfig
 ) -> Int[Array, "... K"]:
     """The top-k experts, best first; exact, ties to the lower id."""
     return lax.top_k(lax.stop_gradient(selection_scores(logits, bias, cfg)), cfg.top_k)[1]
@@ -95,7 +95,7 @@ def router_stats(
     ids: Int[Array, "B T K"],
     mask: Bool[Array, "B T"],
     cfg: MoEConfig,
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, "E"]]:
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, " E"]]:
     """(load-balancing loss, z-loss, assignments an expert), over real tokens only.
 
     Load balancing is E * sum_e f_e P_e with f_e the share of assignments and P_e the mean

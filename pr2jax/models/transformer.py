@@ -54,8 +54,8 @@ class RouterOutput:
     inputs: Float[Array, "L B C D"] | None = None
     agreement: Int[Array, "L B T"] | None = None
     margin: Float[Array, "L B T"] | None = None
-    load_balance: Float[Array, "L"] | None = None
-    z: Float[Array, "L"] | None = None
+    load_balance: Float[Array, " L"] | None = None
+    z: Float[Array, " L"] | None = None
     load: Float[Array, "L E"] | None = None
 
 
