@@ -93,19 +93,18 @@ def predictor_loss(
       token_weights: relative weights of the tokens; equal when None.
       gates: gamma_l on h W_p; 1 when None.
     """
-    h = jax.lax.stop_gradient(features.inputs).astype(jnp.float32)
+    # Whatever lies at unused places must not reach a sum or a gradient, NaN included.
+    clean = lambda x: jnp.where(features.mask[None, ..., None], jax.lax.stop_gradient(x), 0.0)
+    h = clean(features.inputs).astype(jnp.float32)
     shift = jnp.einsum("lbcd,lde->lbce", h, w_p, precision=jax.lax.Precision.HIGHEST)
     if gates is not None:
         shift = shift * gates[:, None, None, None]
-    student = jax.nn.log_softmax(jax.lax.stop_gradient(features.logits) + shift, axis=-1)
-    teacher = jax.nn.log_softmax(jax.lax.stop_gradient(logits_now), axis=-1)
+    student = jax.nn.log_softmax(clean(features.logits) + shift, axis=-1)
+    teacher = jax.nn.log_softmax(clean(logits_now), axis=-1)
     kl = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-    weights = jnp.broadcast_to(features.mask.astype(jnp.float32), kl.shape)
-    if token_weights is not None:
-        weights = weights * jax.lax.stop_gradient(token_weights)
-    # `where`, not a product: whatever lies at unused places must not reach the sum, NaN included.
-    sums = jnp.sum(jnp.where(features.mask, weights * kl, 0.0), axis=(1, 2))
-    return sums, jnp.sum(jnp.where(features.mask, weights, 0.0), axis=(1, 2))
+    weights = jnp.ones_like(kl) if token_weights is None else jax.lax.stop_gradient(token_weights)
+    weights = jnp.where(features.mask, weights, 0.0)
+    return jnp.sum(weights * kl, axis=(1, 2)), jnp.sum(weights, axis=(1, 2))
 
 
 def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

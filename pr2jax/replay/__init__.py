@@ -1,0 +1,1 @@
+"""Route logs: who records them, how they are encoded and aligned, and what replay changed."""

@@ -1,0 +1,1 @@
+"""Reinforcement learning: pure functions from rollouts to a parameter update."""

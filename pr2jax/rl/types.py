@@ -1,0 +1,176 @@
+"""What an RL run is told, and what its learner is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from pr2jax.core.config import ConfigError
+from pr2jax.core.optim import OptimConfig, ParamGroup
+from pr2jax.models.predictor import RouterFeatures
+from pr2jax.rl.losses import Aggregation
+from pr2jax.sampler.types import SamplingParams
+
+# The optimizer group of W_p: its own learning rate and clip norm, no weight decay, and a gate.
+PREDICTOR_GROUP = "predictor"
+
+
+def predictor_group(lr_multiplier: float = 10.0, **settings) -> ParamGroup:
+    """W_p's optimizer group, for `optim.groups["predictor"]`: alpha = `lr_multiplier`."""
+    settings = {"clip_norm": 1.0, "weight_decay": 0.0} | settings
+    return ParamGroup(pattern=r"moe/predictor/", lr_multiplier=lr_multiplier, **settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """GRPO (arXiv 2402.03300) with DAPO's asymmetric clip and token mean (arXiv 2503.14476).
+
+    A rollout batch is prompts_per_batch x samples_per_prompt rows, cut into mini_steps disjoint
+    mini-batches of whole groups, one optimizer step each ("off-N"), each accumulated over
+    micro-batches of micro_batch rows.
+
+    Attributes:
+      steps: rollout batches.
+      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+      aggregation: mean over the mini-batch's tokens, or over sequences of their token means.
+      kl_coef: weight of the k3 KL to the reference policy (0: no reference is kept).
+      entropy_coef: weight of the entropy bonus.
+      load_balance_coef, z_coef: weights of the router's auxiliary losses (mean over layers).
+      bias_update_rate: step of the selection bias after a mini-step; needs such a router.
+      filter_zero_variance: leave out groups whose rewards are all equal.
+      scoring_pass: whether old log-probs come from a pass of the learner, or from the sampler;
+        `auto` scores once the measured mismatch exceeds mismatch_limit.
+      mismatch_limit: mean |log-prob| difference of sampler and learner, nats.
+      max_skipped_in_row: non-finite steps in a row that stop the run.
+      length_bucket: rows are padded to a multiple of this many tokens.
+      eval_every: rollout batches between held-out evaluations (0: only at the end).
+      sampling: how rollouts are drawn; the learner takes its log-probs at the same temperature.
+      optim: policy optimizer; modes with a predictor need a group named "predictor".
+    """
+
+    steps: int = 100
+    prompts_per_batch: int = 32
+    samples_per_prompt: int = 8
+    mini_steps: int = 4
+    micro_batch: int = 64
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    aggregation: Aggregation = "token_mean"
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    load_balance_coef: float = 0.0
+    z_coef: float = 0.0
+    bias_update_rate: float = 0.0
+    filter_zero_variance: bool = True
+    scoring_pass: Literal["auto", "always", "never"] = "auto"
+    mismatch_limit: float = 0.02
+    max_skipped_in_row: int = 5
+    length_bucket: int = 32
+    eval_every: int = 20
+    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    optim: OptimConfig = dataclasses.field(
+        default_factory=lambda: OptimConfig(
+            learning_rate=1e-4, warmup_steps=10, groups={PREDICTOR_GROUP: predictor_group()}
+        )
+    )
+
+    @property
+    def rows(self) -> int:
+        """Rows of a rollout batch."""
+        return self.prompts_per_batch * self.samples_per_prompt
+
+    @property
+    def mini_rows(self) -> int:
+        """Rows of a mini-batch."""
+        return self.rows // self.mini_steps
+
+    @property
+    def num_micro(self) -> int:
+        """Micro-batches of a full mini-batch."""
+        return self.mini_rows // self.micro_batch
+
+    def describe(self) -> str:
+        """How the batch sizes multiply, in one line."""
+        return (
+            f"{self.prompts_per_batch} prompts x {self.samples_per_prompt} samples = {self.rows} "
+            f"rows a batch = {self.mini_steps} mini-steps x {self.mini_rows} rows, each of "
+            f"{self.num_micro} micro-batches x {self.micro_batch} rows"
+        )
+
+    def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
+        positive = ("steps", "prompts_per_batch", "mini_steps", "micro_batch", "length_bucket")
+        for name in (*positive, "max_skipped_in_row"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be >= 1, got {getattr(self, name)}")
+        if self.samples_per_prompt < 2:
+            raise ConfigError(
+                f"samples_per_prompt: a group of {self.samples_per_prompt} has no baseline"
+            )
+        if self.prompts_per_batch % self.mini_steps:
+            raise ConfigError(
+                f"mini_steps: {self.mini_steps} does not divide prompts_per_batch="
+                f"{self.prompts_per_batch} (a mini-batch is of whole groups)"
+            )
+        if self.mini_rows % self.micro_batch:
+            raise ConfigError(
+                f"micro_batch: {self.micro_batch} does not divide the {self.mini_rows} rows of a "
+                f"mini-batch ({self.prompts_per_batch} x {self.samples_per_prompt} / "
+                f"{self.mini_steps})"
+            )
+        nonnegative = ("kl_coef", "load_balance_coef", "z_coef", "bias_update_rate", "eval_every")
+        for name in (*nonnegative, "clip_high", "mismatch_limit"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: must be >= 0, got {getattr(self, name)}")
+        if not 0 <= self.clip_low <= 1:
+            raise ConfigError(f"clip_low: must be in [0, 1], got {self.clip_low}")
+        if self.sampling.truncated:
+            raise ConfigError(
+                "sampling: RL needs the log-probs of the distribution sampled from, so leave "
+                "top_k, top_p, min_p and greedy off"
+            )
+
+
+@struct.dataclass
+class LearnerBatch:
+    """Rows the learner trains on; [B, ...], or [n, b, ...] once split into micro-batches.
+
+    Per-token fields are indexed by the *token* they belong to; `to_inputs` moves them to the
+    input position that predicts it.
+
+    Attributes:
+      tokens: left-aligned rows.
+      lengths: real tokens of each row; 0 for a row that only fills a micro-batch.
+      loss_mask: 1 on sampled tokens.
+      old_logprobs: log-probs under theta_old, by the sampler or by a scoring pass.
+      behavior_logprobs: log-probs by the sampler.
+      ref_logprobs: log-probs under the reference policy, or None.
+      advantages: one a row.
+      routes: recorded experts [L, B, T, K] (micro-split: [n, L, b, T, K]), or None.
+      features: router features of the recorded routes, or None.
+    """
+
+    tokens: Int[Array, "B T"]
+    lengths: Int[Array, " B"]
+    loss_mask: Float[Array, "B T"]
+    old_logprobs: Float[Array, "B T"]
+    behavior_logprobs: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"] | None
+    advantages: Float[Array, " B"]
+    routes: Int[Array, "L B T K"] | None
+    features: RouterFeatures | None
+
+    @property
+    def positions(self) -> Int[Array, "B T"]:
+        """0, 1, 2, ... in every row."""
+        steps = jnp.arange(self.tokens.shape[-1], dtype=jnp.int32)
+        return jnp.broadcast_to(steps, self.tokens.shape)
+
+    @property
+    def segment_ids(self) -> Int[Array, "B T"]:
+        """1 on real tokens, 0 on padding; from lengths alone, whatever the pad id is."""
+        return (self.positions < self.lengths[..., None]).astype(jnp.int32)
