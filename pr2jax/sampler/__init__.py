@@ -1,0 +1,1 @@
+"""Tokens, behaviour log-probs and routes out of a policy, in the learner's own process."""
