@@ -40,7 +40,7 @@ def log_ratio(
 
 def clipped_surrogate(
     log_ratios: Float[Array, "B T"],
-    advantages: Float[Array, "B #T"],
+    advantages: Float[Array, "B 1"],
     clip_low: float,
     clip_high: float,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], Bool[Array, "B T"]]:

@@ -1,0 +1,121 @@
+"""The mode algebra: who records, and from which logits."""
+
+import jax
+import numpy as np
+import pytest
+
+from pr2jax.core.config import ConfigError
+from pr2jax.core.optim import OptimConfig, ParamGroup, build_optimizer
+from pr2jax.models.config import ModelConfig, MoEConfig
+from pr2jax.models.transformer import param_specs
+from pr2jax.replay.modes import ReplayConfig, check_model, plan, selection_shift
+
+MOE = MoEConfig(num_experts=4, top_k=2, expert_dim=8)
+# MoE at layers 1 and 3 and (alone in its segment) nowhere else: two kinds of block, one MoE each.
+MODEL = ModelConfig(
+    vocab_size=16,
+    d_model=8,
+    num_layers=4,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    dense_dim=8,
+    moe=MOE,
+    moe_every=2,
+)
+
+
+@pytest.mark.parametrize(
+    "mode,recorder,predictor,lookahead,features",
+    [
+        ("off", "none", False, 0.0, 0),
+        ("r2", "scoring", False, 0.0, 0),
+        ("r3", "sampler", False, 0.0, 0),
+        ("pr2", "sampler", True, 0.0, 64),
+        ("lookahead", "sampler", False, 3.0, 64),
+        ("pr2+lookahead", "sampler", True, 3.0, 64),
+    ],
+)
+def test_plan(mode, recorder, predictor, lookahead, features):
+    got = plan(ReplayConfig(mode=mode, kappa=3.0, feature_tokens=64))
+    assert (got.recorder, got.predictor, got.lookahead, got.features) == (
+        recorder,
+        predictor,
+        lookahead,
+        features,
+    )
+    assert got.shifted == (predictor or lookahead > 0)
+
+
+@pytest.mark.parametrize(
+    "settings,key",
+    [
+        ({"tokens": "all"}, "tokens"),
+        ({"feature_tokens": 0}, "feature_tokens"),
+        ({"mode": "r3", "feature_tokens": -1}, "feature_tokens"),
+        ({"margin_min": 0.0}, "margin"),
+        ({"depth_floor": 1.5}, "depth_floor"),
+        ({"mode": "lookahead", "kappa": 0.0}, "kappa"),
+    ],
+)
+def test_bad_settings_name_the_key(settings, key):
+    with pytest.raises(ConfigError, match=key):
+        ReplayConfig(**settings).validate()
+    ReplayConfig(mode="r3", feature_tokens=0).validate()
+    ReplayConfig(tokens="all", features="recomputed").validate()
+
+
+def test_models_that_cannot():
+    dense = ModelConfig(moe=None)
+    check_model(ReplayConfig(mode="off"), dense)
+    with pytest.raises(ConfigError, match="dense"):
+        check_model(ReplayConfig(mode="r3"), dense)
+    plain = ModelConfig(moe=MoEConfig(predictor=False))
+    with pytest.raises(ConfigError, match="predictor"):
+        check_model(ReplayConfig(mode="pr2"), plain)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Parameters with W_p != 0 and an optimizer state after two updates by known gradients."""
+    rng = np.random.default_rng(0)
+    draw = lambda x: rng.normal(size=x.shape).astype(np.float32)
+    params = jax.tree.map(draw, param_specs(MODEL))
+    cfg = OptimConfig(
+        learning_rate=0.1,
+        b1=0.9,
+        b2=0.99,
+        clip_norm=None,
+        groups={"predictor": ParamGroup("moe/predictor/")},
+    )
+    optimizer = build_optimizer(cfg, params)
+    state = jax.jit(optimizer.init)(params)
+    steps = [jax.tree.map(draw, params) for _ in range(2)]
+    update = jax.jit(optimizer.update)
+    for grads in steps:
+        _, state, _ = update(grads, state, params)
+    return params, cfg, state, steps
+
+
+def leaf(tree, block, kind):
+    return np.asarray(tree["segment_0"][f"block_{block}"]["moe"][kind]["kernel"], np.float64)
+
+
+def test_selection_shift(trained):
+    params, cfg, state, grads = trained
+    shift = lambda **kw: selection_shift(plan(ReplayConfig(**kw)), params, MODEL, cfg, state)
+    assert shift(mode="r3") is None
+    assert shift(mode="off") is None
+    w_p = leaf(params, 1, "predictor")
+    np.testing.assert_allclose(shift(mode="pr2"), w_p, rtol=1e-6)
+    gated = shift(mode="pr2", depth_gate="linear", depth_floor=0.25)
+    np.testing.assert_allclose(gated, w_p * np.array([1.0, 0.25])[:, None, None], rtol=1e-6)
+    # Adam by hand, in float64.
+    g1, g2 = (leaf(g, 1, "router") for g in grads)
+    m = (0.1 * (0.9 * g1 + g2)) / (1 - 0.9**2)
+    v = (0.01 * (0.99 * g1**2 + g2**2)) / (1 - 0.99**2)
+    want = -0.1 * m / (np.sqrt(v) + 1e-8)
+    ahead = shift(mode="lookahead", kappa=5.0)
+    np.testing.assert_allclose(ahead, 5.0 * want, rtol=2e-5)
+    both = shift(mode="pr2+lookahead", kappa=5.0)
+    np.testing.assert_allclose(both, w_p + 5.0 * want, rtol=2e-5, atol=1e-6)
