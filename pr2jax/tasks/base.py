@@ -1,0 +1,209 @@
+"""What a task is: problems, verdicts, configuration, and how problems are told apart."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pr2jax.core.config import ConfigError
+from pr2jax.data.chat import render, render_prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One problem.
+
+    id: unique within its task. prompt: what the model reads. answer: reference answer, for
+    reports. data_source: says who verifies it: "reasoning_gym/NAME", or a Guru
+    "domain__name". solution: target text for SFT, None where there is none. meta: what the
+    verifier needs, and "question", the question itself before any template.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    data_source: str
+    solution: str | None = None
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Score in [0, 1] of one response, and why."""
+
+    score: float
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Where problems come from and how they are put.
+
+    name: "reasoning_gym/GENERATOR", "jsonl:PATH" or "parquet:PATH" (rows of the Guru schema).
+    settings: a JSON object of the generator's own settings.
+    size, held_out: numbers of training and of held-out problems. Rows: size -1 takes all.
+    seed: chooses the problems and the split.
+    prompt_template, answer_template: with {question} and {answer}; the second makes the SFT
+        target.
+    question_regex: what the model sees of the question is group 1 of its first match; empty
+        leaves the question whole. The verifier always works on the whole.
+    response_regex: the answer is group 1 of its last match in the response (no match: score 0);
+        empty takes the whole response. Math finds its own \\boxed{}.
+    partial_credit: False turns every score below 1 into 0.
+    allow_unsound: True admits generators whose verifier is known to be wrong.
+    max_bad_share: rows: share of malformed rows above which reading stops.
+    """
+
+    name: str = "reasoning_gym/chain_sum"
+    settings: str = "{}"
+    size: int = 1000
+    held_out: int = 100
+    seed: int = 0
+    prompt_template: str = "{question}\n"
+    answer_template: str = "{answer}"
+    question_regex: str = ""
+    response_regex: str = ""
+    partial_credit: bool = True
+    allow_unsound: bool = False
+    max_bad_share: float = 0.01
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key."""
+        kind = self.name.partition(":" if ":" in self.name else "/")
+        if kind[0] not in ("reasoning_gym", "jsonl", "parquet") or not kind[2]:
+            raise ConfigError(
+                f"name: {self.name!r} is not reasoning_gym/GENERATOR, jsonl:PATH or parquet:PATH"
+            )
+        self.settings_dict()
+        if kind[0] != "reasoning_gym" and self.settings_dict():
+            raise ConfigError(f"settings: {kind[0]} has none")
+        if self.size < (0 if kind[0] == "reasoning_gym" else -1):
+            raise ConfigError(f"size: {self.size} problems")
+        if self.held_out < 0 or (self.size == 0 and self.held_out == 0):
+            raise ConfigError(f"held_out: {self.held_out} problems, with size {self.size}")
+        for key, field in (("prompt_template", "question"), ("answer_template", "answer")):
+            if f"{{{field}}}" not in getattr(self, key):
+                raise ConfigError(f"{key}: {getattr(self, key)!r} has no {{{field}}}")
+        for key in ("question_regex", "response_regex"):
+            try:
+                pattern = re.compile(getattr(self, key))
+            except re.error as error:
+                raise ConfigError(f"{key}: not a regular expression ({error})") from None
+            if getattr(self, key) and pattern.groups < 1:
+                raise ConfigError(f"{key}: {getattr(self, key)!r} has no group to take")
+        if not 0.0 <= self.max_bad_share <= 1.0:
+            raise ConfigError(f"max_bad_share: {self.max_bad_share} is not in [0, 1]")
+
+    def settings_dict(self) -> dict[str, Any]:
+        """`settings` parsed. Raises ConfigError if it is not a JSON object."""
+        try:
+            value = json.loads(self.settings)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"settings: not JSON ({error}): {self.settings!r}") from None
+        if not isinstance(value, dict):
+            raise ConfigError(f"settings: not a JSON object: {self.settings!r}")
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Problems to train on and problems held out, no question in both.
+
+    `stats` counts what building it met (draws, repeats, malformed rows...).
+    """
+
+    config: TaskConfig
+    train: list[Problem]
+    held_out: list[Problem]
+    verifier: Callable[[Problem, str], Verdict]
+    stats: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def score(self, problem: Problem, response: str) -> Verdict:
+        """Scores in this process, without limits: for tests. Elsewhere use a VerifierPool."""
+        return checked(self.verifier(problem, response))
+
+
+def checked(verdict: Verdict) -> Verdict:
+    """The verdict, or score 0 with the reason where its score is no number in [0, 1]."""
+    score = verdict.score
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        return Verdict(0.0, f"verifier gave {score!r}, not a number")
+    if math.isnan(score) or not 0.0 <= score <= 1.0:
+        return Verdict(0.0, f"verifier gave {score}, outside [0, 1]")
+    return Verdict(float(score), verdict.reason)
+
+
+def finish_problem(
+    cfg: TaskConfig, ident: str, question: str, answer: str, data_source: str, meta: dict[str, Any]
+) -> Problem:
+    """A Problem with its templates filled in; what scoring needs of `cfg` goes into `meta`.
+
+    Raises ConfigError if `question_regex` does not match.
+    """
+    shown = question
+    if cfg.question_regex:
+        match = re.search(cfg.question_regex, question)
+        if match is None or match.group(1) is None:
+            raise ConfigError(
+                f"question_regex: {cfg.question_regex!r} finds nothing in {question[:200]!r}"
+            )
+        shown = match.group(1)
+    return Problem(
+        id=ident,
+        prompt=render_prompt(cfg.prompt_template, shown),
+        answer=answer,
+        data_source=data_source,
+        solution=render(cfg.answer_template, answer=answer),
+        meta={
+            "question": question,
+            "shown": shown,
+            "response_regex": cfg.response_regex,
+            "partial_credit": cfg.partial_credit,
+            **meta,
+        },
+    )
+
+
+def extract_response(problem: Problem, response: str) -> str | None:
+    """The answer within a response, by the problem's `response_regex`; None if not found."""
+    pattern = problem.meta.get("response_regex", "")
+    if not pattern:
+        return response.strip()
+    matches = list(re.finditer(pattern, response, re.DOTALL))
+    return matches[-1].group(1).strip() if matches and matches[-1].group(1) is not None else None
+
+
+def credit(problem: Problem, score: float) -> float:
+    """`score`, or all or nothing where the problem gives no partial credit."""
+    return score if problem.meta.get("partial_credit", True) or score >= 1.0 else 0.0
+
+
+def question_keys(problem: Problem) -> tuple[str, str]:
+    """What tells two problems apart: the question, whole and as shown, case and space ignored."""
+    whole = problem.meta.get("question", problem.prompt)
+    return normalise(whole), normalise(problem.meta.get("shown", whole))
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces."""
+    return " ".join(text.lower().split())
+
+
+class SeenQuestions:
+    """Questions met so far. Two problems are the same if either of their keys is."""
+
+    def __init__(self, problems: Iterable[Problem] = ()):
+        self._keys: set[str] = set()
+        for problem in problems:
+            self.add(problem)
+
+    def __contains__(self, problem: Problem) -> bool:
+        return not self._keys.isdisjoint(question_keys(problem))
+
+    def add(self, problem: Problem) -> bool:
+        """Adds a problem; False if it was there."""
+        new = problem not in self
+        self._keys.update(question_keys(problem))
+        return new

@@ -1,0 +1,144 @@
+"""Problems of reasoning-gym: any of its generators, by name and settings.
+
+Item seeds are seed + index there, so datasets of different seeds share items, and small spaces
+repeat: everything here is told apart by question text.
+"""
+
+import functools
+import json
+import random
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pr2jax.core.config import ConfigError
+from pr2jax.tasks import base
+from pr2jax.tasks.base import Problem, TaskConfig, Verdict
+
+# Found with reasoning-gym 0.1.25.
+_NO_ANSWER = "its stored answer does not score 1"
+UNSOUND = {
+    "boxnet": _NO_ANSWER,
+    "graph_color": _NO_ANSWER,
+    "propositional_logic": _NO_ANSWER,
+    "rubiks_cube": _NO_ANSWER,
+    "rush_hour": _NO_ANSWER,
+    "game_of_life_halting": "a wrong answer scores 1",
+    "prime_factorization": "its verifier raises on an answer that is no list of numbers",
+    "list_functions": "the same seed does not give the same problems",
+}
+_CHUNK = 512
+
+
+@functools.lru_cache(maxsize=64)
+def _dataset(name: str, settings: str, seed: int, size: int) -> Any:
+    """One reasoning-gym dataset. Raises ConfigError for a wrong name or setting."""
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        import difflib
+
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"name: reasoning-gym has no generator {name!r}{hint}")
+    values = json.loads(settings)
+    for key in ("seed", "size"):
+        if key in values:
+            raise ConfigError(f"settings: {key!r} is a key of the task, not of the generator")
+    try:
+        return reasoning_gym.create_dataset(name, seed=seed, size=size, **values)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"settings: {name} refuses {settings}: {error}") from None
+
+
+def verify(problem: Problem, response: str) -> Verdict:
+    """reasoning-gym's own score of the answer found in `response`."""
+    answer = base.extract_response(problem, response)
+    if answer is None:
+        return Verdict(0.0, "no answer in the expected form")
+    name = problem.data_source.removeprefix("reasoning_gym/")
+    dataset = _dataset(name, problem.meta["settings"], 0, 1)
+    score = base.credit(problem, dataset.score_answer(answer, problem.meta["entry"]))
+    return Verdict(score, "" if score >= 1.0 else f"answer {answer[:80]!r}")
+
+
+def _entries(name: str, settings: str, seed: int) -> Iterator[dict[str, Any]]:
+    """An endless stream of a generator's items; a function of (name, settings, seed)."""
+    start = zlib.crc32(f"{name}/{seed}".encode()) % 2**31
+    state = random.getstate()
+    try:
+        for chunk in range(0, 2**30, _CHUNK):
+            random.seed(start + chunk)  # some generators also read Python's global state
+            dataset = _dataset.__wrapped__(name, settings, (start + chunk) % 2**31, _CHUNK)
+            for i in range(_CHUNK):
+                yield dataset[i]
+    finally:
+        random.setstate(state)
+
+
+def build(
+    cfg: TaskConfig, exclude: Iterable[Problem] = ()
+) -> tuple[list[Problem], list[Problem], dict[str, int]]:
+    """Draws distinct questions: the first `held_out` are held out, the next `size` train.
+
+    Raises ConfigError where the generator is unknown or unsound, a setting is wrong, or it has
+    too few distinct questions.
+    """
+    name = cfg.name.removeprefix("reasoning_gym/")
+    if name in UNSOUND and not cfg.allow_unsound:
+        raise ConfigError(
+            f"name: {name} is not to be trusted: {UNSOUND[name]} (allow_unsound=True to use it)"
+        )
+    settings = json.dumps(cfg.settings_dict(), sort_keys=True)
+    wanted = cfg.held_out + cfg.size
+    seen = base.SeenQuestions(exclude)
+    found: list[Problem] = []
+    draws = misses = 0
+    for entry in _entries(name, settings, cfg.seed):
+        problem = _problem(cfg, name, settings, f"{name}-{cfg.seed}-{draws}", entry)
+        draws += 1
+        if seen.add(problem):
+            found.append(problem)
+            misses = 0
+        else:
+            misses += 1
+        if len(found) == wanted:
+            break
+        # A space of exactly `wanted` equally likely questions is exhausted long before this.
+        if misses > 1000 + 4 * wanted:
+            raise ConfigError(
+                f"size: {name} with {settings} gave {len(found)} distinct questions not excluded "
+                f"in {draws} draws; {cfg.size} and {cfg.held_out} held out were asked for"
+            )
+    if not cfg.allow_unsound:
+        _check_sound(name, found[:4])
+    stats = {"draws": draws, "repeats": draws - wanted}
+    return found[cfg.held_out :], found[: cfg.held_out], stats
+
+
+def _problem(
+    cfg: TaskConfig, name: str, settings: str, ident: str, entry: dict[str, Any]
+) -> Problem:
+    answer = entry["answer"]
+    return base.finish_problem(
+        cfg,
+        ident=ident,
+        question=entry["question"],
+        answer="" if answer is None else str(answer),
+        data_source=f"reasoning_gym/{name}",
+        meta={"entry": entry, "settings": settings},
+    )
+
+
+def _check_sound(name: str, problems: list[Problem]) -> None:
+    """Refuses a generator whose stored answers its own verifier does not accept."""
+    dataset = None
+    for problem in problems:
+        dataset = dataset or _dataset(name, problem.meta["settings"], 0, 1)
+        score = dataset.score_answer(problem.meta["entry"]["answer"], problem.meta["entry"])
+        if score < 1.0:
+            raise ConfigError(
+                f"name: {name}: its stored answer scores {score} on {problem.id} "
+                "(allow_unsound=True to use it)"
+            )

@@ -1,0 +1,146 @@
+"""Problems from JSONL or parquet files of the Guru schema (arXiv 2506.14965).
+
+A row has `prompt` ([{role, content}] or a string), `data_source` ("domain__name"),
+`reward_model.ground_truth`, and optionally `extra_info.index` and `solution` (SFT target text).
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from pr2jax.core.config import ConfigError
+from pr2jax.data.chat import render_messages
+from pr2jax.tasks import base
+from pr2jax.tasks.base import Problem, TaskConfig
+
+log = logging.getLogger(__name__)
+_REPORTED = 20
+
+
+class RowError(ValueError):
+    """Malformed rows beyond what is allowed; the message names file and line."""
+
+
+def read_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | Exception]]:
+    """(line from 1, row) for each row of a .jsonl or .parquet file; an unreadable one is its error.
+
+    Raises ConfigError if there is no such file or it is no parquet file.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError(f"name: no file {path}")
+    if path.endswith(".parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            file = pyarrow.parquet.ParquetFile(path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ConfigError(f"name: {path} is not a parquet file ({error})") from None
+        number = 0
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+        return
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+                yield number, row if isinstance(row, dict) else ValueError("not a JSON object")
+            except ValueError as error:  # of the encoding or of the JSON
+                yield number, error
+
+
+def parse_row(cfg: TaskConfig, ident: str, row: dict[str, Any]) -> Problem:
+    """One Guru row as a Problem. Raises ValueError naming the field at fault."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and prompt.strip():
+        question = prompt.strip()
+    elif isinstance(prompt, list) and prompt:
+        question = render_messages(prompt)
+    else:
+        raise ValueError("prompt is neither a text nor a list of messages")
+    source = row.get("data_source")
+    if not isinstance(source, str) or not source:
+        raise ValueError("data_source is not a text")
+    reward = row.get("reward_model")
+    truth = reward.get("ground_truth") if isinstance(reward, dict) else None
+    if isinstance(truth, bool) or not isinstance(truth, str | int | float) or truth == "":
+        raise ValueError(f"reward_model.ground_truth is {truth!r}")
+    extra = row.get("extra_info")
+    index = extra.get("index") if isinstance(extra, dict) else None
+    meta = {} if index is None else {"index": index}
+    return base.finish_problem(cfg, ident, question, str(truth), source, meta)
+
+
+def load_problems(
+    cfg: TaskConfig, path: str, check: Callable[[str], Any]
+) -> tuple[list[Problem], dict[str, int]]:
+    """Every well-formed row of a file; the others are reported by file and line, and counted.
+
+    check: raises for a `data_source` that nobody verifies; that is an error of the run, not of
+    the row, since dropping a domain in silence would change the mixture.
+    Raises RowError when more than `cfg.max_bad_share` of the rows are malformed.
+    """
+    problems, bad, total = [], [], 0
+    for number, row in read_rows(path):
+        total += 1
+        where = f"{path}:{number}"
+        try:
+            if isinstance(row, Exception):
+                raise row
+            problem = parse_row(cfg, where, row)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            bad.append(f"{where}: {error}")
+            if len(bad) <= _REPORTED:
+                log.warning("malformed row %s", bad[-1])
+            continue
+        try:
+            check(problem.data_source)
+        except ValueError as error:
+            raise RowError(f"{where}: {error}") from None
+        problems.append(problem)
+    if total == 0:
+        raise RowError(f"{path}: no rows")
+    if len(bad) > cfg.max_bad_share * total:
+        raise RowError(
+            f"{path}: {len(bad)} of {total} rows are malformed, more than "
+            f"max_bad_share={cfg.max_bad_share}; first: {bad[0]}"
+        )
+    return problems, {"rows": total, "malformed": len(bad)}
+
+
+def build(
+    cfg: TaskConfig, exclude: Iterable[Problem], check: Callable[[str], Any]
+) -> tuple[list[Problem], list[Problem], dict[str, int]]:
+    """Distinct questions of a file, in an order given by seed and question, held-out first.
+
+    The order does not depend on where a row stands, so a file with added rows keeps most of its
+    split. Raises ConfigError where there are too few.
+    """
+    problems, stats = load_problems(cfg, cfg.name.partition(":")[2], check)
+    seen = base.SeenQuestions(exclude)
+    found = [p for p in problems if seen.add(p)]
+    stats["repeats"] = len(problems) - len(found)
+
+    def rank(problem: Problem) -> bytes:
+        text = f"{cfg.seed}/{base.question_keys(problem)[0]}"
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+    found.sort(key=rank)
+    wanted = cfg.held_out + max(cfg.size, 0)
+    if len(found) < wanted or (cfg.size == -1 and len(found) == cfg.held_out):
+        size = "all others" if cfg.size == -1 else cfg.size
+        raise ConfigError(
+            f"size: {cfg.name} has {len(found)} distinct questions not excluded; {size} and "
+            f"{cfg.held_out} held out were asked for"
+        )
+    end = None if cfg.size == -1 else wanted
+    return found[cfg.held_out : end], found[: cfg.held_out], stats

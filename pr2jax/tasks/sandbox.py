@@ -1,0 +1,220 @@
+"""Verifiers in worker processes, with limits on time and memory.
+
+Workers are programs of their own (not forks of a process that runs JAX, and not
+`multiprocessing` children, which would import the trainer's main module again). They persist:
+a verifier's imports are paid once a worker.
+"""
+
+import atexit
+import collections
+import contextlib
+import json
+import os
+import pickle
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from pr2jax.tasks.base import Problem, Verdict, checked
+from pr2jax.tasks.worker import HEADER
+
+_START_S = 120.0
+_MAX_REPLY = 2**20
+
+
+class _Worker:
+    """One process, the item it works on, and the deadline of that."""
+
+    def __init__(self, verifier: str, memory_mb: int):
+        # One thread each: many workers share a machine, and thread stacks count as memory.
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                *("-m", "pr2jax.tasks.worker", verifier, str(memory_mb), str(os.getpid())),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | threads | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+            start_new_session=True,  # Ctrl-C is for the trainer, which then closes the pool
+        )
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self.buffer = b""
+        self.item: int | None = None
+        self.deadline = 0.0
+
+    def send(self, item: int, problem: Problem, response: str) -> bool:
+        """Hands over an item; False if the process is gone."""
+        self.item, self.deadline = item, time.monotonic() + _START_S
+        body = pickle.dumps((problem, response))
+        try:
+            self.process.stdin.write(HEADER.pack(len(body)) + body)
+            self.process.stdin.flush()
+        except OSError:
+            return False
+        return True
+
+    def receive(self) -> list[dict] | None:
+        """Messages that have arrived; None if the process is gone or writes what it should not."""
+        data = self.process.stdout.read1(65536)
+        if not data:  # readable and empty: closed
+            return None
+        self.buffer += data
+        messages = []
+        while len(self.buffer) >= HEADER.size:
+            (size,) = HEADER.unpack_from(self.buffer)
+            if size > _MAX_REPLY:
+                return None
+            if len(self.buffer) < HEADER.size + size:
+                break
+            try:
+                messages.append(json.loads(self.buffer[HEADER.size : HEADER.size + size]))
+            except ValueError:
+                return None
+            self.buffer = self.buffer[HEADER.size + size :]
+        return messages
+
+    def stop(self) -> None:
+        """Kills the process and closes its pipes."""
+        self.process.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+        self.process.wait()
+
+
+class VerifierPool:
+    """Scores (problem, response) pairs in `workers` processes.
+
+    verifier: "module:function" of (problem, response) -> Verdict, imported by the workers.
+    timeout_s: wall-clock limit of one item; the worker is killed and replaced.
+    memory_mb: address-space limit of a worker (virtual memory: the libraries alone take about
+        500 MiB).
+    stats: counts of "scored", "timeouts", "crashes", "memory", "errors" and "restarts"; all but
+        the first and last gave score 0.
+    """
+
+    def __init__(
+        self,
+        workers: int = 2,
+        timeout_s: float = 10.0,
+        memory_mb: int = 2048,
+        verifier: str = "pr2jax.tasks.registry:score",
+    ):
+        if workers < 1 or timeout_s <= 0 or memory_mb < 256:
+            raise ValueError(
+                f"VerifierPool: {workers} workers, {timeout_s} s, {memory_mb} MiB: at least 1, "
+                "more than 0, and 256 are needed"
+            )
+        self.timeout_s, self._start = timeout_s, (verifier, memory_mb)
+        self.stats: collections.Counter[str] = collections.Counter()
+        self._workers = [_Worker(*self._start) for _ in range(workers)]
+        self._closed = False
+        atexit.register(self.close)
+
+    def score_batch(self, items: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        """Verdicts in the order of `items`. Never raises for an item; ValueError once closed."""
+        if self._closed:
+            raise ValueError("VerifierPool is closed")
+        verdicts: list[Verdict | None] = [None] * len(items)
+        waiting = collections.deque(range(len(items)))
+        try:
+            self._serve(items, waiting, verdicts)
+        except BaseException:
+            # Workers may be in the middle of items: their late answers must not reach a next call.
+            for i, worker in enumerate(self._workers):
+                if worker.item is not None:
+                    self._replace(i)
+            raise
+        self.stats["scored"] += len(items)
+        return verdicts  # type: ignore[return-value]
+
+    def _serve(self, items, waiting, verdicts) -> None:
+        with selectors.DefaultSelector() as selector:
+            for i in range(len(self._workers)):
+                self._feed(i, items, waiting, selector, verdicts)
+            while selector.get_map():
+                now = time.monotonic()
+                next_deadline = min(self._workers[k.data].deadline for k in self._keys(selector))
+                for key, _ in selector.select(timeout=max(0.0, next_deadline - now)):
+                    self._read(key.data, items, waiting, selector, verdicts)
+                now = time.monotonic()
+                for key in self._keys(selector):
+                    worker = self._workers[key.data]
+                    if worker.deadline <= now:
+                        reason = f"time limit of {self.timeout_s:g} s"
+                        self._fail(key.data, "timeouts", reason, selector, verdicts)
+                        self._feed(key.data, items, waiting, selector, verdicts)
+
+    @staticmethod
+    def _keys(selector) -> list[selectors.SelectorKey]:
+        return list(selector.get_map().values())
+
+    def _feed(self, i, items, waiting, selector, verdicts) -> None:
+        """Gives worker `i` its next item and watches it, if one waits."""
+        while waiting:
+            item = waiting.popleft()
+            if self._workers[i].process.poll() is not None:
+                self._replace(i)  # it died between items: not the next item's fault
+            if self._workers[i].send(item, *items[item]):
+                selector.register(self._workers[i].process.stdout, selectors.EVENT_READ, i)
+                return
+            self._fail(i, "crashes", "verifier process ended", None, verdicts)
+
+    def _read(self, i, items, waiting, selector, verdicts) -> None:
+        worker = self._workers[i]
+        messages = worker.receive()
+        if messages is None:
+            worker.process.kill()
+            reason = f"verifier process crashed (exit code {worker.process.wait()})"
+            self._fail(i, "crashes", reason, selector, verdicts)
+            self._feed(i, items, waiting, selector, verdicts)
+            return
+        for message in messages:
+            if message.get("started"):
+                worker.deadline = time.monotonic() + self.timeout_s
+                continue
+            verdicts[worker.item] = checked(
+                Verdict(message.get("score"), str(message.get("reason", "")))
+            )
+            failure = message.get("failure")
+            if failure:
+                self.stats["memory" if failure == "memory" else "errors"] += 1
+            worker.item = None
+            selector.unregister(worker.process.stdout)
+            if failure == "memory":
+                self._replace(i)  # what it still holds is unknown
+            self._feed(i, items, waiting, selector, verdicts)
+
+    def _fail(self, i, count, reason, selector, verdicts) -> None:
+        """Scores the item of worker `i` 0 and replaces the worker."""
+        worker = self._workers[i]
+        verdicts[worker.item] = Verdict(0.0, reason)
+        self.stats[count] += 1
+        if selector is not None:
+            selector.unregister(worker.process.stdout)
+        self._replace(i)
+
+    def _replace(self, i) -> None:
+        self._workers[i].stop()
+        self._workers[i] = _Worker(*self._start)
+        self.stats["restarts"] += 1
+
+    def close(self) -> None:
+        """Ends the workers. May be called more than once."""
+        if not self._closed:
+            self._closed = True
+            atexit.unregister(self.close)
+            for worker in self._workers:
+                worker.stop()
+
+    def __enter__(self) -> "VerifierPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

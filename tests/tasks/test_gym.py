@@ -1,0 +1,152 @@
+"""reasoning-gym tasks: split by question text, own verifier, unsound generators refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pr2jax.core.config import ConfigError
+from pr2jax.tasks.base import Problem, TaskConfig, Verdict, checked
+from pr2jax.tasks.registry import build_task, score, verifier_for
+
+ONE_DIGIT = json.dumps({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
+TWO_DIGITS = json.dumps({"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2})
+AFTER_COLON = r"problem: (.*)"
+
+
+def expressions(problems):
+    return [p.meta["entry"]["metadata"]["expression"].replace(" ", "") for p in problems]
+
+
+def test_split_is_by_question_and_deterministic():
+    # 200 questions exist; 180 are asked for, so draws repeat many times.
+    cfg = TaskConfig(settings=ONE_DIGIT, size=140, held_out=40, question_regex=AFTER_COLON)
+    task, again = build_task(cfg), build_task(cfg)
+    train, held_out = expressions(task.train), expressions(task.held_out)
+    assert (len(set(train)), len(set(held_out))) == (140, 40)
+    assert not set(train) & set(held_out)
+    assert task.stats["repeats"] > 40
+    assert task.train == again.train
+    assert task.held_out == again.held_out
+
+
+def test_held_out_does_not_depend_on_train_size():
+    small = build_task(TaskConfig(settings=TWO_DIGITS, size=10, held_out=20))
+    large = build_task(TaskConfig(settings=TWO_DIGITS, size=200, held_out=20))
+    assert small.held_out == large.held_out
+    assert large.train[:10] == small.train
+    other = build_task(TaskConfig(settings=TWO_DIGITS, size=10, held_out=20, seed=1))
+    assert other.held_out != small.held_out
+
+
+def test_another_tasks_questions_can_be_excluded():
+    # The excluded task shows the question whole, this one only its expression: same question.
+    evaluation = build_task(TaskConfig(settings=ONE_DIGIT, size=0, held_out=100, seed=5))
+    cfg = TaskConfig(settings=ONE_DIGIT, size=80, held_out=10, question_regex=AFTER_COLON)
+    task = build_task(cfg, exclude=evaluation.held_out)
+    mine = set(expressions(task.train + task.held_out))
+    assert len(mine) == 90
+    assert not mine & set(expressions(evaluation.held_out))
+
+
+def test_too_small_a_space_is_an_error():
+    # Two terms of 1..9 under + and -: 162 questions.  (0 does not lead a number.)
+    with pytest.raises(ConfigError, match=r"size: chain_sum .* distinct questions .*; 300 and 20"):
+        build_task(TaskConfig(settings=ONE_DIGIT, size=300, held_out=20))
+
+
+def test_prompt_target_and_score():
+    cfg = TaskConfig(
+        settings=TWO_DIGITS,
+        size=20,
+        held_out=0,
+        question_regex=AFTER_COLON,
+        prompt_template="Q: {question}\nA:",
+        answer_template=" {answer}.",
+        response_regex=r"(-?\d+)\.",
+    )
+    task = build_task(cfg)
+    for problem, text in zip(task.train, expressions(task.train), strict=True):
+        value = eval(text)  # independent of the stored answer; the text is reasoning-gym's
+        assert problem.prompt.replace(" ", "") == f"Q:{text}=\nA:"
+        assert problem.answer == str(value)
+        assert problem.solution == f" {value}."
+        assert task.score(problem, problem.solution).score == 1.0
+        assert task.score(problem, f"5. or {value}.").score == 1.0  # the last match counts
+        assert task.score(problem, f"{value + 1}.").score < 1.0
+        assert task.score(problem, str(value)) == Verdict(0.0, "no answer in the expected form")
+
+
+def test_partial_credit_can_be_refused():
+    name = "reasoning_gym/letter_counting"
+    cfg = TaskConfig(name=name, size=3, held_out=0)
+    strict = TaskConfig(name=name, size=3, held_out=0, partial_credit=False)
+    for some, none in zip(build_task(cfg).train, build_task(strict).train, strict=True):
+        wordy = f"it is {some.answer}"
+        assert 0.0 < score(some, wordy).score < 1.0
+        assert score(none, wordy).score == 0.0
+        assert score(none, none.answer).score == 1.0
+
+
+@pytest.mark.parametrize("name", ["boxnet", "game_of_life_halting", "list_functions"])
+def test_unsound_generators_are_refused_by_name(name):
+    with pytest.raises(ConfigError, match=f"name: {name} is not to be trusted"):
+        build_task(TaskConfig(name=f"reasoning_gym/{name}"))
+
+
+def test_guard_flag_admits_them():
+    cfg = TaskConfig(
+        name="reasoning_gym/prime_factorization", size=3, held_out=0, allow_unsound=True
+    )
+    task = build_task(cfg)
+    assert task.score(task.train[0], task.train[0].answer).score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "reasoning_gym/chain_sums"}, "name: .*did you mean 'chain_sum'"),
+        ({"name": "gsm8k"}, "name: 'gsm8k' is not"),
+        ({"settings": "{"}, "settings: not JSON"),
+        ({"settings": "[1]"}, "settings: not a JSON object"),
+        ({"settings": '{"terms": 2}'}, "settings: chain_sum refuses"),
+        ({"settings": '{"min_terms": 5, "max_terms": 2}'}, "settings: chain_sum refuses"),
+        ({"settings": '{"seed": 2}'}, "settings: 'seed' is a key of the task"),
+        ({"size": -1}, "size: -1"),
+        ({"size": 0, "held_out": 0}, "held_out: 0"),
+        ({"prompt_template": "?"}, "prompt_template: "),
+        ({"answer_template": "?"}, "answer_template: "),
+        ({"question_regex": "("}, "question_regex: not a regular"),
+        ({"question_regex": "abc"}, "question_regex: 'abc' has no group"),
+        ({"question_regex": "(xyz)"}, "question_regex: .* finds nothing in"),
+        ({"name": "jsonl:x", "settings": '{"a": 1}'}, "settings: jsonl has none"),
+        ({"max_bad_share": 2.0}, "max_bad_share: 2.0"),
+    ],
+)
+def test_bad_settings_name_their_key(fields, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        build_task(TaskConfig(**fields))
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.1, 1.5, float("inf"), "1", None, True])
+def test_a_score_that_is_none_is_zero(value):
+    verdict = checked(Verdict(value))
+    assert verdict.score == 0.0
+    assert verdict.reason.startswith("verifier gave")
+
+
+def test_unknown_domain_is_named():
+    with pytest.raises(ValueError, match="'codegen__taco'"):
+        verifier_for("codegen__taco")
+    with pytest.raises(ValueError, match="'chess'"):
+        score(Problem("1", "?", "!", "chess"), "!")
+
+
+def test_building_and_scoring_import_no_jax():
+    code = (
+        "import sys, pr2jax.tasks.sandbox, pr2jax.tasks.worker; from pr2jax.tasks import registry;"
+        "t = registry.build_task(registry.TaskConfig(size=2, held_out=0));"
+        "t.score(t.train[0], '1'); sys.exit('jax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
