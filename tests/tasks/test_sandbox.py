@@ -1,6 +1,5 @@
 """VerifierPool against verifiers that hang, crash, eat memory, print, and lie."""
 
-import os
 import pathlib
 import subprocess
 import sys
