@@ -1,0 +1,281 @@
+"""Metrics: (sum, weight) pairs until the host reads them, then a console line, JSONL, TensorBoard.
+
+A pair of arrays is merged by adding, over micro-batches and devices alike, so a mean is exact
+whatever the split. Extremes do not add: a name that ends in `_max` or `_min` holds (extreme, 1),
+or (anything, 0) where there was nothing to measure, and merges by max or min. `metrics.jsonl` has one JSON object a line: {"step": int, "time": unix seconds,
+KEY: number, ...}; a value that is not finite is written as null.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Metric = tuple[Float[Array, ""], Float[Array, ""]]
+Metrics = dict[str, Metric]
+
+JSONL = "metrics.jsonl"
+SUMMARY = "summary.json"
+
+
+def merge(a: Mapping[str, Metric], b: Mapping[str, Metric]) -> Metrics:
+    """Metrics of both: pairs of a key add (`_max`, `_min`: take the extreme), others are kept."""
+    merged = dict(a)
+    for key, pair in b.items():
+        merged[key] = _merge_pair(key, merged[key], pair) if key in merged else pair
+    return merged
+
+
+def _merge_pair(key: str, a: Metric, b: Metric) -> Metric:
+    for end, extreme in (("_max", jnp.maximum), ("_min", jnp.minimum)):
+        if key.endswith(end):
+            both = extreme(a[0], b[0])
+            value = jnp.where(a[1] == 0, b[0], jnp.where(b[1] == 0, a[0], both))
+            return value, jnp.maximum(a[1], b[1])
+    return a[0] + b[0], a[1] + b[1]
+
+
+def reduce(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Weighted means as Python floats, in one transfer; a key of weight 0 has no mean, so is out."""
+    host = jax.device_get(dict(metrics))
+    return {k: float(np.float64(s) / np.float64(w)) for k, (s, w) in host.items() if w != 0}
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a metrics file; `path` may be the workdir.
+
+    A cut-off last line (the run was killed while writing) is left out; any other line that is not
+    JSON raises ValueError naming file and line. When a resumed run wrote a step again, the later
+    row is kept.
+    """
+    path = Path(path)
+    path = path / JSONL if path.is_dir() else path
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows: dict[Any, dict[str, Any]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            step = row["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number}: not a row of metrics ({error})") from None
+        rows.pop(step, None)
+        rows[step] = row
+    return list(rows.values())
+
+
+def write_summary(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> Path:
+    """Write `workdir/summary.json` atomically (readers see the old file or the whole new one)."""
+    path = Path(workdir) / SUMMARY
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_atomically(path, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+    return path
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """JSON of arrays, numpy scalars, tuples and dataclasses; not-finite numbers become None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value
+
+
+class MetricWriter:
+    """Rows of metrics to `workdir/metrics.jsonl`, TensorBoard (`workdir/tensorboard`), console.
+
+    Appends. With `resume_step`, rows of later steps (written after the checkpoint that the run
+    resumes from) are dropped first. Only process 0 of a multi-host run writes.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        console: bool = True,
+        tensorboard: bool = True,
+        resume_step: int | None = None,
+    ):
+        self.workdir = Path(workdir)
+        self._console = console
+        self._file: TextIO | None = None
+        self._board = None
+        if jax.process_index() != 0:
+            self._console = False
+            return
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        path = self.workdir / JSONL
+        if path.exists():
+            _trim(path, resume_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # slow to import; not every reader needs it
+
+            purge = None if resume_step is None else resume_step + 1
+            self._board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=purge)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one row: numbers, or (sum, weight) pairs, which are reduced here."""
+        pairs = {k: v for k, v in values.items() if isinstance(v, tuple)}
+        numbers = {k: v for k, v in values.items() if k not in pairs} | reduce(pairs)
+        row = {"step": int(step), "time": round(time.time(), 3)} | _plain(numbers)
+        if self._file is not None:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for key, value in row.items():
+                if key not in ("step", "time") and isinstance(value, int | float):
+                    self._board.add_scalar(key, value, step)
+        if self._console:
+            shown = [f"{k}={format_number(v)}" for k, v in row.items() if k not in ("step", "time")]
+            print(f"step {step}: {' '.join(shown)}", flush=True)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+
+def _trim(path: Path, resume_step: int | None) -> None:
+    """Drop rows after `resume_step`, and what a killed writer left of its last line."""
+
+    def keep(line: str) -> bool:
+        if not line.endswith("\n"):
+            return False
+        return resume_step is None or json.loads(line)["step"] <= resume_step
+
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if keep(line)]
+    if len(kept) < len(lines):
+        _write_atomically(path, "".join(kept))
+
+
+def format_number(value: Any) -> str:
+    """Four significant digits; whole numbers in full; "nan" for what JSON calls null."""
+    if value is None:
+        return "nan"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if float(value).is_integer() and abs(value) < 1e9:
+        return str(int(value))
+    return f"{value:.4g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """ "42s", "3m05s", "2h07m"."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+class Progress:
+    """One live line: label, step/total, metrics, seconds a step, time left.
+
+    On a terminal the line redraws in place; elsewhere a plain line is printed, at most one in
+    `plain_interval` seconds (the first and the last always). Time left comes from an exponential
+    mean of recent steps, so that compilation does not distort it for long; with `limit_seconds`
+    it is never more than what is left of that.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        start: int = 0,
+        limit_seconds: float | None = None,
+        stream: TextIO | None = None,
+        plain_interval: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.label, self.total = label, total
+        self._stream = stream if stream is not None else sys.stdout
+        self._quiet = jax.process_index() != 0
+        self._live = self._stream.isatty() and not self._quiet
+        self._interval, self._clock = plain_interval, clock
+        self._step, self._last = start, clock()
+        self._end = math.inf if limit_seconds is None else self._last + limit_seconds
+        self._seconds: float | None = None
+        self._intervals, self._printed, self._width = 0, -math.inf, 0
+
+    def update(self, step: int, values: Mapping[str, Any]) -> None:
+        """`step` steps are done; `values` are shown in their order."""
+        now = self._clock()
+        if step > self._step:
+            took = (now - self._last) / (step - self._step)
+            # The first interval holds the compilation: the second replaces it.
+            fresh = self._seconds is None or self._intervals < 2
+            self._seconds = took if fresh else 0.8 * self._seconds + 0.2 * took
+            self._intervals += 1
+        self._step, self._last = step, now
+        due = self._live or step >= self.total or now - self._printed >= self._interval
+        if due and not self._quiet:
+            self._printed = now
+            self._show(self._line(values, now))
+
+    def close(self) -> None:
+        """Leave the line as it stands."""
+        if self._live and self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
+
+    def _line(self, values: Mapping[str, Any], now: float) -> str:
+        parts = [f"{self.label} {self._step}/{self.total}".strip()]
+        parts += [f"{key} {format_number(value)}" for key, value in values.items()]
+        if self._seconds is not None:
+            parts.append(f"{self._seconds:.3g}s/step")
+            left = min(self._seconds * (self.total - self._step), self._end - now)
+            if self._step < self.total:
+                parts.append(f"{format_seconds(left)} left")
+        return " | ".join(parts)
+
+    def _show(self, line: str) -> None:
+        if self._live:
+            self._stream.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()

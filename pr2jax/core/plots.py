@@ -1,0 +1,186 @@
+"""Figures out of rows of metrics, as SVG text that stands inside an HTML page by itself."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+
+_STYLE = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9,
+    "grid.alpha": 0.3,
+    "svg.fonttype": "none",  # text stays text: small, searchable
+    "svg.hashsalt": "pr2jax",  # the same rows give the same bytes
+}
+
+
+def series(rows: Rows, key: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) float64 of the rows that have a number under both keys, in order of x."""
+    pairs = sorted(
+        (float(row[x]), float(row[key]))
+        for row in rows
+        if isinstance(row.get(x), int | float) and isinstance(row.get(key), int | float)
+    )
+    points = np.array(pairs, np.float64).reshape(-1, 2)
+    return points[:, 0], points[:, 1]
+
+
+def curve(
+    rows: Rows,
+    key: str | Mapping[str, str],
+    *,
+    title: str = "",
+    ylabel: str = "",
+    x: str = "step",
+    smooth: float = 0.0,
+    interval: Mapping[str, tuple[str, str]] | None = None,
+    size: tuple[float, float] = (4.6, 2.8),
+) -> str:
+    """One figure of one or several curves as inline SVG.
+
+    `key`: a metric, or {label: metric}. `smooth` in [0, 1): weight of the past in an exponential
+    mean, drawn over the faint raw curve. `interval`: {metric: (low metric, high metric)}, drawn as
+    a band. A metric that no row has is left out; the figure says so when nothing is left.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        _draw(figure.add_subplot(), rows, key, title, ylabel, x, smooth, interval or {})
+        return _svg(figure)
+
+
+def grid(
+    panels: Sequence[tuple[Rows, str | Mapping[str, str]]],
+    titles: Sequence[str],
+    *,
+    columns: int = 3,
+    x: str = "step",
+    smooth: float = 0.0,
+    panel_size: tuple[float, float] = (3.4, 2.3),
+) -> str:
+    """Many small curves, one panel each of (rows, key), as one inline SVG."""
+    if len(panels) != len(titles):
+        raise ValueError(f"{len(titles)} titles for {len(panels)} panels")
+    lines = max(1, -(-len(panels) // columns))
+    with rc_context(_STYLE):
+        size = (panel_size[0] * min(columns, max(1, len(panels))), panel_size[1] * lines)
+        figure = Figure(figsize=size, layout="constrained")
+        for index, ((rows, key), title) in enumerate(zip(panels, titles, strict=True)):
+            axes = figure.add_subplot(lines, min(columns, len(panels)), index + 1)
+            _draw(axes, rows, key, title, "", x, smooth, {})
+        return _svg(figure)
+
+
+def heatmap(
+    rows: Rows,
+    prefix: str,
+    *,
+    title: str = "",
+    x: str = "step",
+    ylabel: str = "layer",
+    limits: tuple[float, float] | None = None,
+    size: tuple[float, float] = (4.6, 2.8),
+) -> str:
+    """Metrics "PREFIX0", "PREFIX1", ... (layers) by step, as inline SVG; gaps stay blank."""
+    steps, values = layer_values(rows, prefix, x)
+    with rc_context(_STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(title=title, xlabel=x, ylabel=ylabel)
+        if values.size:
+            low, high = limits or (None, None)
+            columns = np.arange(len(steps) + 1) - 0.5
+            lines = np.arange(len(values) + 1) - 0.5
+            image = axes.pcolormesh(columns, lines, values, vmin=low, vmax=high, cmap="viridis")
+            figure.colorbar(image, ax=axes)
+            shown = np.unique(
+                np.linspace(0, len(steps) - 1, min(6, len(steps))).round().astype(int)
+            )
+            axes.set_xticks(shown, [f"{steps[i]:g}" for i in shown])
+            axes.yaxis.get_major_locator().set_params(integer=True)
+        else:
+            _say_empty(axes)
+        return _svg(figure)
+
+
+def layer_values(rows: Rows, prefix: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
+    """(x [steps], values [layers, steps], NaN where missing) of the metrics PREFIX + number."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)")
+    found = {key: int(m[1]) for row in rows for key in row if (m := pattern.fullmatch(key))}
+    steps = np.array(
+        sorted({float(r[x]) for r in rows if r.keys() & found.keys() and x in r}), np.float64
+    )
+    values = np.full((max(found.values(), default=-1) + 1, len(steps)), np.nan)
+    for key, layer in found.items():
+        at, y = series(rows, key, x)
+        values[layer, np.searchsorted(steps, at)] = y
+    return steps, values
+
+
+def smoothed(y: np.ndarray, weight: float) -> np.ndarray:
+    """Exponential mean with `weight` of the past, corrected for its start (a true mean)."""
+    total = norm = 0.0
+    out = np.empty_like(y)
+    for i, value in enumerate(y):
+        total, norm = weight * total + value, weight * norm + 1.0
+        out[i] = total / norm
+    return out
+
+
+def _draw(
+    axes: Axes,
+    rows: Rows,
+    key: str | Mapping[str, str],
+    title: str,
+    ylabel: str,
+    x: str,
+    smooth: float,
+    interval: Mapping[str, tuple[str, str]],
+) -> None:
+    axes.set(title=title, xlabel=x, ylabel=ylabel)
+    named = {"": key} if isinstance(key, str) else key
+    drawn = 0
+    for label, metric in named.items():
+        at, y = series(rows, metric, x)
+        if not len(at):
+            continue
+        marker = "o" if len(at) == 1 else None
+        color = f"C{drawn}"
+        if smooth:
+            axes.plot(at, y, color=color, alpha=0.25, linewidth=0.8)
+        line = smoothed(y, smooth) if smooth else y
+        axes.plot(at, line, color=color, marker=marker, label=label or None)
+        if metric in interval:
+            low_key, high_key = interval[metric]
+            banded = [
+                r for r in rows if all(isinstance(r.get(k), int | float) for k in interval[metric])
+            ]
+            at, low = series(banded, low_key, x)
+            _, high = series(banded, high_key, x)
+            axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+        drawn += 1
+    if not drawn:
+        _say_empty(axes)
+    elif len(named) > 1:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _say_empty(axes: Axes) -> None:
+    axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes)
+
+
+def _svg(figure: Figure) -> str:
+    """The <svg> element alone: no XML declaration, no doctype, no date."""
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].strip()
