@@ -2,8 +2,10 @@
 
 A pair of arrays is merged by adding, over micro-batches and devices alike, so a mean is exact
 whatever the split. Extremes do not add: a name that ends in `_max` or `_min` holds (extreme, 1),
-or (anything, 0) where there was nothing to measure, and merges by max or min. `metrics.jsonl` has one JSON object a line: {"step": int, "time": unix seconds,
-KEY: number, ...}; a value that is not finite is written as null.
+or (anything, 0) where there was nothing to measure, and merges by max or min.
+
+`metrics.jsonl` has one JSON object a line: {"step": int, "time": unix seconds, KEY: number, ...};
+a value that is not finite is written as null.
 """
 
 import dataclasses
@@ -46,7 +48,7 @@ def _merge_pair(key: str, a: Metric, b: Metric) -> Metric:
 
 
 def reduce(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Weighted means as Python floats, in one transfer; a key of weight 0 has no mean, so is out."""
+    """Weighted means as Python floats, in one transfer; a key of weight 0 is left out."""
     host = jax.device_get(dict(metrics))
     return {k: float(np.float64(s) / np.float64(w)) for k, (s, w) in host.items() if w != 0}
 

@@ -1,0 +1,74 @@
+"""Figures: the numbers behind them, and SVG that an XML parser accepts."""
+
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from pr2jax.core.plots import curve, grid, heatmap, layer_values, series, smoothed
+
+ROWS = [
+    {"step": 2, "reward": 0.5, "lo": 0.4, "hi": 0.6, "agree/layer_0": 0.9, "agree/layer_1": 0.7},
+    {"step": 1, "reward": 0.25, "agree/layer_0": 1.0, "agree/layer_1": 0.8},
+    {"step": 3, "reward": None, "eval": 0.3},
+    {"step": 4, "reward": 1, "lo": 0.9, "hi": 1.0, "agree/layer_1": 0.6, "agree": 0.6},
+]
+
+
+def parsed(svg):
+    root = ET.fromstring(svg)
+    assert root.tag.endswith("svg")
+    return root, " ".join(t for t in root.itertext() if t.strip())
+
+
+def test_series_skips_gaps_and_sorts():
+    x, y = series(ROWS, "reward")
+    np.testing.assert_array_equal(x, [1, 2, 4])
+    np.testing.assert_array_equal(y, [0.25, 0.5, 1.0])
+    assert [len(v) for v in series(ROWS, "nothing")] == [0, 0]
+
+
+def test_layer_values():
+    steps, values = layer_values(ROWS, "agree/layer_")
+    np.testing.assert_array_equal(steps, [1, 2, 4])
+    np.testing.assert_array_equal(values, [[1.0, 0.9, np.nan], [0.8, 0.7, 0.6]])
+    assert layer_values(ROWS, "nothing")[1].shape == (0, 0)
+
+
+def test_smoothing_is_a_weighted_mean():
+    y, w = np.array([4.0, 0.0, 2.0]), 0.5
+    expected = [4.0, (0.5 * 4 + 0) / 1.5, (0.25 * 4 + 0.5 * 0 + 2) / 1.75]
+    np.testing.assert_allclose(smoothed(y, w), expected)
+
+
+def test_curve_is_svg_with_its_labels():
+    svg = curve(
+        ROWS,
+        {"train": "reward", "held out": "eval"},
+        title="Reward < 1 & more",
+        ylabel="share",
+        smooth=0.5,
+        interval={"reward": ("lo", "hi")},
+    )
+    assert svg.startswith("<svg")
+    assert svg.endswith("</svg>")
+    _, text = parsed(svg)
+    for word in ("Reward < 1 & more", "share", "step", "train", "held out"):
+        assert word in text
+    assert curve(ROWS, "reward") == curve(ROWS, "reward")
+
+
+def test_missing_metric_says_so():
+    assert "no data" in parsed(curve(ROWS, "nothing"))[1]
+    assert "no data" in parsed(heatmap([], "agree/layer_"))[1]
+
+
+def test_grid_and_heatmap():
+    _, text = parsed(grid([(ROWS, "reward"), (ROWS, {"e": "eval"})], ["left", "right"]))
+    assert "left" in text
+    assert "right" in text
+    _, text = parsed(heatmap(ROWS, "agree/layer_", title="agreement", limits=(0, 1)))
+    assert "agreement" in text
+    assert "layer" in text
+    with pytest.raises(ValueError, match="1 titles for 2 panels"):
+        grid([(ROWS, "reward"), (ROWS, "eval")], ["one"])
