@@ -1,0 +1,1 @@
+"""Numbers and pictures out of a policy: pass@k with intervals, held-out runs, reports."""
