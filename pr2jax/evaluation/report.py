@@ -17,6 +17,9 @@ from pr2jax.evaluation.passk import PASS_SCORE, Interval
 from pr2jax.evaluation.runner import Sample
 from pr2jax.evaluation.style import STYLE
 
+# matplotlib's first colours, and the page's names for them: each theme has its own shade.
+_SERIES = {"#1f77b4": "a", "#ff7f0e": "b", "#2ca02c": "c", "#d62728": "d", "#9467bd": "e"}
+
 
 class Html(str):
     """Markup made by this module."""
@@ -88,6 +91,8 @@ def _themed(svg: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = svg.replace("fill: #ffffff", "fill: none").replace("#000000", "currentColor")
+    for color, name in _SERIES.items():
+        svg = svg.replace(color, f"var(--series-{name})")
     # The size is the page's to choose; the view box keeps the proportions.
     opening, rest = svg[: svg.index(">")], svg[svg.index(">") :]
     return re.sub(r' (width|height)="[^"]*"', "", opening) + rest

@@ -4,14 +4,18 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --paper: #fafaf8; --card: #ffffff; --ink: #1d2127; --soft: #646b76; --line: #e3e4e0;
-  --accent: #2f6fdb; --right: #1f8a54; --right-back: #e9f6ee; --wrong: #b4472f; --wrong-back:
-    #fbefeb;
+  --accent: #2f6fdb; --right: #1f8a54; --right-back: #e9f6ee; --wrong: #b4472f;
+  --wrong-back: #fbefeb;
+  --series-a: #2f6fdb; --series-b: #d9730d; --series-c: #1f8a54; --series-d: #c33c54;
+  --series-e: #7c53c3;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171b; --card: #1c2026; --ink: #e4e7ec; --soft: #98a1ae; --line: #2d333c;
-    --accent: #79aaff; --right: #6bcf9a; --right-back: #1a2e25; --wrong: #f0957d; --wrong-back:
-      #35221d;
+    --accent: #79aaff; --right: #6bcf9a; --right-back: #1a2e25; --wrong: #f0957d;
+    --wrong-back: #35221d;
+    --series-a: #79aaff; --series-b: #ffab5e; --series-c: #6bcf9a; --series-d: #ff8095;
+    --series-e: #b79cf5;
   }
 }
 * { box-sizing: border-box; }

@@ -175,6 +175,14 @@ def extract_response(problem: Problem, response: str) -> str | None:
     return matches[-1].group(1).strip() if matches and matches[-1].group(1) is not None else None
 
 
+def explain(score: float, answer: str, response: str) -> str:
+    """Why a response got `score`: empty for a right one; says what was read as the answer."""
+    if score >= 1.0:
+        return ""
+    kind = "partly right" if score > 0.0 else "wrong"
+    return kind if answer == response.strip() else f"{kind}: read {answer[:80]!r}"
+
+
 def credit(problem: Problem, score: float) -> float:
     """`score`, or all or nothing where the problem gives no partial credit."""
     return score if problem.meta.get("partial_credit", True) or score >= 1.0 else 0.0

@@ -60,7 +60,7 @@ def verify(problem: Problem, response: str) -> Verdict:
     name = problem.data_source.removeprefix("reasoning_gym/")
     dataset = _dataset(name, problem.meta["settings"], 0, 1)
     score = base.credit(problem, dataset.score_answer(answer, problem.meta["entry"]))
-    return Verdict(score, "" if score >= 1.0 else f"answer {answer[:80]!r}")
+    return Verdict(score, base.explain(score, answer, response))
 
 
 def _entries(name: str, settings: str, seed: int) -> Iterator[dict[str, Any]]:

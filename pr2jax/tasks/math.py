@@ -4,7 +4,7 @@ math-verify limits its own time by signals, which work in a process's main threa
 through a VerifierPool.
 """
 
-from pr2jax.tasks.base import Problem, Verdict
+from pr2jax.tasks.base import Problem, Verdict, explain
 
 _BOXES = ("\\boxed", "\\fbox")
 
@@ -67,4 +67,4 @@ def verify(problem: Problem, response: str) -> Verdict:
         return Verdict(0.0, f"answer {answer[:80]!r} cannot be read")
     if equal(reference, given):
         return Verdict(1.0)
-    return Verdict(0.0, f"answer {answer[:80]!r}")
+    return Verdict(0.0, explain(0.0, answer, response))

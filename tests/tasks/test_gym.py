@@ -74,7 +74,9 @@ def test_prompt_target_and_score():
         assert problem.solution == f" {value}."
         assert task.score(problem, problem.solution).score == 1.0
         assert task.score(problem, f"5. or {value}.").score == 1.0  # the last match counts
-        assert task.score(problem, f"{value + 1}.").score < 1.0
+        wrong = task.score(problem, f"{value + 1}.")
+        assert wrong.score < 1.0
+        assert wrong.reason.endswith(f"read '{value + 1}'")
         assert task.score(problem, str(value)) == Verdict(0.0, "no answer in the expected form")
 
 
