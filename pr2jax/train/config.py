@@ -1,0 +1,214 @@
+"""The whole of a run's configuration, and what must hold between its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pr2jax.core.config import ConfigError
+from pr2jax.core.optim import OptimConfig
+from pr2jax.core.sharding import MeshConfig
+from pr2jax.data.tokenizer import TokenizerConfig
+from pr2jax.models.config import ModelConfig
+from pr2jax.replay.modes import ReplayConfig, check_model, plan
+from pr2jax.rl.types import PREDICTOR_GROUP, RLConfig
+from pr2jax.sampler.types import SamplerConfig, SamplingParams
+from pr2jax.tasks.base import TaskConfig
+
+Mode = Literal["sft", "rl", "sft_then_rl", "generate"]
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning on solved problems, packed; the loss is on answers only.
+
+    Attributes:
+      task: its training problems, whose solutions are learned.
+      steps: optimizer steps.
+      batch: packed rows a step.
+      row_length: tokens a row.
+      eval_every: steps between held-out evaluations (0: only at the end).
+      max_skipped_in_row: non-finite steps in a row that stop the run.
+    """
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    steps: int = 200
+    batch: int = 16
+    row_length: int = 256
+    eval_every: int = 0
+    max_skipped_in_row: int = 5
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(learning_rate=2e-3, warmup_steps=20)
+    )
+
+    def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
+        for key in ("steps", "batch", "row_length", "max_skipped_in_row"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key}: must be at least 1, got {getattr(self, key)}")
+        if self.eval_every < 0:
+            raise ConfigError(f"eval_every: must be >= 0, got {self.eval_every}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation: n samples a problem, pass@k for each k, intervals over problems.
+
+    `quick_problems` (0: all) and `quick_samples` bound the evaluations made while training.
+    """
+
+    samples: int = 8
+    ks: tuple[int, ...] = (1, 8)
+    quick_problems: int = 0
+    quick_samples: int = 4
+    transcripts: int = 8
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
+        if not self.ks or min(self.ks) < 1 or max(self.ks) > self.samples:
+            raise ConfigError(f"ks: {self.ks} must lie between 1 and samples={self.samples}")
+        for key in ("samples", "quick_samples"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key}: must be at least 1, got {getattr(self, key)}")
+        for key in ("quick_problems", "transcripts"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"{key}: must be >= 0, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True)
+class VerifierConfig:
+    """Worker processes that score responses, and their limits for one response."""
+
+    workers: int = 2
+    timeout_s: float = 5.0
+    memory_mb: int = 2048
+
+    def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
+        for key in ("workers", "timeout_s", "memory_mb"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"{key}: must be above 0, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Checkpoints and logs.
+
+    checkpoint_every counts steps (0: only at the end and on interruption); `keep` of the latest
+    are kept besides the best. Metrics are read from the device every log_every steps.
+    save_routes writes each rollout batch's routes as a TensorStore array.
+    """
+
+    checkpoint_every: int = 50
+    keep: int = 2
+    log_every: int = 1
+    tensorboard: bool = True
+    save_routes: bool = False
+
+    def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
+        if self.checkpoint_every < 0:
+            raise ConfigError(f"checkpoint_every: must be >= 0, got {self.checkpoint_every}")
+        for key in ("keep", "log_every"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key}: must be at least 1, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Sampling from a checkpoint to JSONL: prompts from a text file (a line each), or a task."""
+
+    prompts: str = ""
+    task: TaskConfig | None = None
+    samples: int = 1
+    output: str = "samples.jsonl"
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
+        if self.prompts and self.task is not None:
+            raise ConfigError("prompts: give a file of prompts or a task, not both")
+        if self.samples < 1:
+            raise ConfigError(f"samples: must be at least 1, got {self.samples}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run.
+
+    mode: what it does. `sft` and `rl` are single stages; `sft_then_rl` warms up by SFT, then RL,
+      compares with SFT continued for the same wall time, and writes a report; `generate` samples.
+    model.vocab_size: 0 takes the tokenizer's.
+    compute_dtype: auto, bfloat16 or float32 (core/device.py).
+    init_from: a checkpoint folder of another run, or an imported one, to start from.
+    rl_task: what RL is about; its held-out problems are what every mode evaluates.
+    """
+
+    mode: Mode = "rl"
+    seed: int = 0
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    init_from: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    rl_task: TaskConfig = field(default_factory=TaskConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+    def validate(self) -> None:
+        """What no part can see alone. Raises ConfigError("key: why")."""
+        used = [("eval.sampling", self.eval.sampling)]
+        if self.mode in ("rl", "sft_then_rl"):
+            used.append(("rl.sampling", self.rl.sampling))
+        if self.mode == "generate":
+            used = [("generate.sampling", self.generate.sampling)]
+        for key, sampling in used:
+            if sampling.max_tokens > self.sampler.max_tokens:
+                raise ConfigError(
+                    f"{key}.max_tokens: {sampling.max_tokens} is more than the sampler's room, "
+                    f"sampler.max_tokens={self.sampler.max_tokens}"
+                )
+        if self.mode in ("rl", "sft_then_rl"):
+            self._validate_rl()
+        if self.mode == "generate" and not (self.generate.prompts or self.generate.task):
+            raise ConfigError("generate.prompts: mode 'generate' needs prompts, or generate.task")
+        if self.mode == "generate" and not self.init_from:
+            raise ConfigError("init_from: mode 'generate' needs a checkpoint to sample from")
+
+    def _validate_rl(self) -> None:
+        check_model(self.replay, self.model)
+        todo = plan(self.replay)
+        if todo.predictor and PREDICTOR_GROUP not in self.rl.optim.groups:
+            raise ConfigError(
+                f"rl.optim.groups.{PREDICTOR_GROUP}: replay.mode={self.replay.mode!r} trains W_p, "
+                "which needs a learning rate of its own"
+            )
+        if todo.lookahead and self.rl.optim.optimizer != "adamw":
+            raise ConfigError("rl.optim.optimizer: replay.mode 'lookahead' reads Adam's moments")
+        if self.rl_task.size >= 0 and self.rl_task.size < self.rl.prompts_per_batch:
+            raise ConfigError(
+                f"rl_task.size: {self.rl_task.size} problems do not fill one batch of "
+                f"rl.prompts_per_batch={self.rl.prompts_per_batch}"
+            )
+
+
+def with_vocab_size(cfg: Config, vocab_size: int) -> Config:
+    """`cfg` with model.vocab_size filled in from the tokenizer where it is 0.
+
+    Raises ConfigError where the model has fewer embeddings than the tokenizer has ids.
+    """
+    if cfg.model.vocab_size == 0:
+        return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+    if cfg.model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {cfg.model.vocab_size} embeddings for a tokenizer of {vocab_size}"
+        )
+    return cfg

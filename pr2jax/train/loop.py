@@ -1,0 +1,255 @@
+"""The one loop that every trainer runs in: resume, step, evaluate, log, save, stop.
+
+A run's position is one number, the steps it has done: batches and random keys are functions of
+it. Order of a resume: the latest checkpoint's state and position are restored and the next step
+is the one after it; metrics rows of steps after it are dropped, since they come again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from pr2jax.core.checkpoint import Checkpointer
+from pr2jax.core.device import CompilationCounter, profile
+from pr2jax.core.metrics import MetricWriter, Progress, reduce
+from pr2jax.core.state import TrainState
+from pr2jax.train.config import LoopConfig
+
+log = logging.getLogger("pr2jax")
+
+CHECKPOINTS = "checkpoints"
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved; the same command resumes it."""
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many non-finite steps in a row."""
+
+
+class Trainer(Protocol):
+    """What a trainer gives the loop."""
+
+    name: str
+    steps: int
+    eval_every: int
+    max_skipped_in_row: int
+    console: tuple[str, ...]
+
+    def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Any]]:
+        """One step from position `index`; metrics are (sum, weight) pairs."""
+        ...
+
+    def evaluate(self, state: TrainState, index: int) -> dict[str, float]:
+        """Held-out figures at position `index`; empty where there are none."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended: `seconds` of stepping (over all resumes), `steps` done in all."""
+
+    state: TrainState
+    steps: int
+    seconds: float
+    compile: dict[str, float]
+
+
+class StopRequest:
+    """SIGINT and SIGTERM set `requested`; a second SIGINT raises KeyboardInterrupt at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        log.warning("stopping after this step (again to stop at once)")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
+    """Dotted keys whose values differ."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b, name = old.get(key), new.get(key), f"{path}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{name}.")
+        elif a != b:
+            found.append(f"{name}: {a!r} -> {b!r}")
+    return found
+
+
+class _Run:
+    """The moving parts of one `run`."""
+
+    def __init__(self, trainer, state, workdir, options, config, best_metric, compilations, start):
+        self.trainer, self.state, self.options, self.config = trainer, state, options, config
+        self.checkpoints = Checkpointer(
+            os.path.join(workdir, CHECKPOINTS), keep=options.keep, best_metric=best_metric
+        )
+        self.index, self.seconds = start, 0.0
+        self._restore()
+        self.writer = MetricWriter(
+            workdir, console=False, tensorboard=options.tensorboard, resume_step=self.index
+        )
+        self.compilations = compilations
+        self.pending: list[tuple[int, dict[str, Any]]] = []
+        self.last_eval: dict[str, float] = {}
+        self.last_eval_index = -1
+        self.in_steps = True
+
+    def _restore(self) -> None:
+        latest = self.checkpoints.latest_step()
+        if latest is None:
+            return
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
+        )
+        self.state, extra = self.checkpoints.restore(abstract, latest)
+        self.index, self.seconds = int(extra["position"]), float(extra["seconds"])
+        log.info("%s: resumed at step %d of %d", self.trainer.name, self.index, self.trainer.steps)
+        for line in _differences(extra["config"], self.config):
+            log.warning("configuration differs from the checkpoint's: %s", line)
+
+    def save(self, metrics: dict[str, float] | None = None) -> None:
+        extra = {"config": self.config, "position": self.index, "seconds": self.seconds}
+        self.checkpoints.save(self.index, self.state, extra, metrics)
+
+    def evaluate(self) -> dict[str, float]:
+        if self.last_eval_index != self.index:
+            self.last_eval = self.trainer.evaluate(self.state, self.index)
+            self.last_eval_index = self.index
+        return self.last_eval
+
+    def flush(self, progress: Progress | None) -> None:
+        """Reads pending metrics from the device, one row a step; stops a run that diverged."""
+        for index, metrics in self.pending:
+            row = reduce(metrics)
+            row["compilations"] = self.compilations.compilations
+            if index == self.index == self.last_eval_index:
+                row |= self.last_eval
+            self.writer.write(index, row)
+            if progress is not None:
+                shown = {k: row[k] for k in self.trainer.console if k in row}
+                progress.update(index if self.in_steps else int(self.seconds), shown)
+        self.pending.clear()
+        in_row = int(self.state.skipped_in_row)
+        if in_row >= self.trainer.max_skipped_in_row:
+            self.save()
+            self.checkpoints.wait()
+            raise TrainingDiverged(
+                f"{self.trainer.name}: {in_row} steps in a row had a non-finite loss or gradient "
+                f"at step {self.index}; the state before them is saved. Lower the learning rate."
+            )
+
+
+def run(
+    trainer: Trainer,
+    state: TrainState,
+    *,
+    workdir: str | os.PathLike,
+    options: LoopConfig,
+    config: dict[str, Any],
+    best_metric: str | None = None,
+    max_seconds: float | None = None,
+    profile_steps: int = 0,
+    start: int = 0,
+) -> Outcome:
+    """Runs `trainer` from its latest checkpoint in `workdir` (else from `state`) to its end.
+
+    Args:
+      state: the initial state; also gives shapes and shardings to a restored one.
+      config: the resolved configuration, saved with every checkpoint.
+      best_metric: held-out figure whose best checkpoint is kept.
+      max_seconds: stop after this much wall time of stepping, if that comes before the last step.
+      start: position of `state`, for a run that goes on from another.
+      profile_steps: trace that many steps (after two) into `workdir`/profile.
+
+    Raises:
+      Interrupted: after SIGINT or SIGTERM; the step was finished and saved.
+      TrainingDiverged: too many non-finite steps in a row.
+      CheckpointError: the checkpoint cannot be read, or is of another model.
+    """
+    workdir = Path(workdir)
+    with CompilationCounter() as compilations, StopRequest() as stop:
+        work = _Run(trainer, state, workdir, options, config, best_metric, compilations, start)
+        del state
+        try:
+            _loop(work, stop, max_seconds, profile_steps, workdir)
+        finally:
+            work.writer.close()
+            work.checkpoints.close()
+        done = work.index >= trainer.steps or work.seconds >= (max_seconds or float("inf"))
+        if stop.requested and not done:
+            raise Interrupted(
+                f"{trainer.name}: stopped at step {work.index} of {trainer.steps} and saved in "
+                f"{work.checkpoints.directory}; the same command resumes"
+            )
+        return Outcome(work.state, work.index, work.seconds, compilations.snapshot())
+
+
+def _loop(work: _Run, stop: StopRequest, max_seconds, profile_steps: int, workdir: Path) -> None:
+    trainer, options = work.trainer, work.options
+    limit = float("inf") if max_seconds is None else max_seconds
+    if work.index == 0 and trainer.eval_every:
+        work.writer.write(0, work.evaluate())
+    trace_from = work.index + 2
+    if max_seconds is None:
+        progress = Progress(trainer.name, trainer.steps, start=work.index)
+    else:
+        work.in_steps = False
+        label = f"{trainer.name} (seconds)"
+        progress = Progress(label, int(max_seconds), start=int(work.seconds))
+    trace = None
+    while work.index < trainer.steps and work.seconds < limit and not stop.requested:
+        if profile_steps and work.index == trace_from:
+            trace = profile(workdir / "profile")
+            trace.__enter__()
+        start = time.monotonic()
+        work.state, metrics = trainer.step(work.state, work.index)
+        work.index += 1
+        last = work.index == trainer.steps
+        if len(work.pending) + 1 >= options.log_every or last or stop.requested:
+            jax.block_until_ready(work.state.step)
+        work.seconds += time.monotonic() - start
+        work.pending.append((work.index, metrics))
+        if trace is not None and (work.index == trace_from + profile_steps or last):
+            trace.__exit__(None, None, None)
+            trace = None
+            log.info("trace written to %s", workdir / "profile")
+        figures = None
+        if trainer.eval_every and (work.index % trainer.eval_every == 0 or last):
+            figures = work.evaluate()
+        due = options.checkpoint_every and work.index % options.checkpoint_every == 0
+        if len(work.pending) >= options.log_every or figures is not None or due:
+            work.flush(progress)
+        if due or figures:
+            work.save(figures)
+    if trace is not None:
+        trace.__exit__(None, None, None)
+    if work.pending:
+        work.flush(progress)
+    work.save(work.last_eval if work.last_eval_index == work.index else None)
+    progress.close()

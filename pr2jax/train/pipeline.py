@@ -1,0 +1,211 @@
+"""What each training mode does from start to report: stages run in the loop, figures around them.
+
+Every stage has a folder of its own and finishes at a checkpoint, and every full evaluation is
+written to a file: the same command goes on wherever it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from pr2jax.core.config import ConfigError
+from pr2jax.core.device import versions
+from pr2jax.core.metrics import read_jsonl, write_summary
+from pr2jax.tasks.base import Problem, Task
+from pr2jax.tasks.registry import build_task
+from pr2jax.train import report
+from pr2jax.train.config import Config
+from pr2jax.train.evaluator import Evaluator
+from pr2jax.train.loop import Outcome, run
+from pr2jax.train.rl import RLTrainer
+from pr2jax.train.session import Session, open_session
+from pr2jax.train.sft import SFTTrainer
+
+log = logging.getLogger("pr2jax")
+
+BEST_METRIC = "eval/pass@1"
+
+
+def _evaluation(session: Session, evaluator: Evaluator, name: str, params) -> dict[str, Any]:
+    """The full evaluation NAME, made once: read from its file when that is there.
+
+    Keys: metrics {NAME: {value, low, high}}, samples (rows of evaluation.runner.Sample), seconds.
+    """
+    path = session.workdir / f"eval_{name}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    start = time.monotonic()
+    result = evaluator.full(params)
+    figures = {
+        "metrics": {
+            key: {"value": m.mean, "low": m.low, "high": m.high}
+            for key, m in result.metrics.items()
+        },
+        "samples": [s.to_json() for s in result.samples],
+        "seconds": time.monotonic() - start,
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(figures), encoding="utf-8")
+    os.replace(temporary, path)
+    shown = ", ".join(
+        f"{key} {m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]"
+        for key, m in figures["metrics"].items()
+    )
+    log.info("%s, %d held-out problems: %s", name, len(evaluator.problems), shown)
+    return figures
+
+
+def _evaluator(session: Session, problems: list[Problem]) -> Evaluator | None:
+    if not problems:
+        log.info("no held-out problems: nothing is evaluated")
+        return None
+    return Evaluator(session, problems)
+
+
+def _run(session: Session, trainer, params, folder: str, **options) -> Outcome:
+    return run(
+        trainer,
+        trainer.initial_state(params),
+        workdir=session.workdir / folder,
+        options=session.cfg.loop,
+        config=session.config_json,
+        best_metric=BEST_METRIC,
+        **options,
+    )
+
+
+def _summary(session: Session, **figures: Any) -> dict[str, Any]:
+    """summary.json: the figures of this mode and what they were made with."""
+    summary = {
+        "mode": session.cfg.mode,
+        **figures,
+        "verifiers": dict(session.pool.stats),
+        "sampler": {k: int(v) for k, v in session.sampler.stats.items()},
+        "versions": versions(),
+        "compute_dtype": session.dtype.name,
+        "config": session.config_json,
+        "wall_seconds": round(time.monotonic() - session.started, 1),
+    }
+    write_summary(session.workdir, summary)
+    return summary
+
+
+def _stage(outcome: Outcome) -> dict[str, Any]:
+    return {"steps": outcome.steps, "seconds": outcome.seconds, "compile": outcome.compile}
+
+
+def _figures(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if evaluation is None else evaluation["metrics"]
+
+
+def _log_sizes(name: str, task: Task) -> None:
+    log.info("%s: %d problems to train on, %d held out", name, len(task.train), len(task.held_out))
+
+
+def run_sft(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
+    """SFT on sft.task; evaluated on its held-out problems."""
+    with open_session(cfg, workdir) as session:
+        task = build_task(cfg.sft.task)
+        _log_sizes(cfg.sft.task.name, task)
+        evaluator = _evaluator(session, task.held_out)
+        trainer = SFTTrainer(session, task.train, steps=cfg.sft.steps, evaluator=evaluator)
+        outcome = _run(session, trainer, session.initial_params(), ".", profile_steps=profile_steps)
+        end = evaluator and _evaluation(session, evaluator, "end", outcome.state.params)
+        summary = _summary(session, sft=_stage(outcome), end=_figures(end))
+        report.write_sft(session, summary, end)
+
+
+def run_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
+    """GRPO with routing replay on rl_task, from init_from or random parameters."""
+    with open_session(cfg, workdir) as session:
+        task = build_task(cfg.rl_task)
+        _log_sizes(cfg.rl_task.name, task)
+        evaluator = _evaluator(session, task.held_out)
+        trainer = RLTrainer(session, task.train, evaluator)
+        params = session.initial_params()
+        start = evaluator and _evaluation(session, evaluator, "start", params)
+        outcome = _run(session, trainer, params, ".", profile_steps=profile_steps)
+        end = evaluator and _evaluation(session, evaluator, "end", outcome.state.params)
+        summary = _summary(session, rl=_stage(outcome), start=_figures(start), end=_figures(end))
+        report.write_rl(session, summary, start, end)
+
+
+def run_sft_then_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
+    """SFT on sft.task, RL on rl_task, and for honesty SFT continued for RL's wall time.
+
+    The two tasks share no held-out question; sft.task also holds no training question of rl_task
+    back, since RL never sees its solutions. Writes report.html and summary.json with the held-out
+    figures of all three on rl_task.
+    """
+    with open_session(cfg, workdir) as session:
+        hard = build_task(cfg.rl_task)
+        easy = build_task(cfg.sft.task, exclude=hard.held_out)
+        _log_sizes(f"SFT on {cfg.sft.task.name}", easy)
+        _log_sizes(f"RL on {cfg.rl_task.name}", hard)
+        evaluator = _evaluator(session, hard.held_out)
+        if evaluator is None:
+            raise ConfigError("rl_task.held_out: this mode compares held-out figures; not 0")
+
+        trainer = SFTTrainer(session, easy.train, steps=cfg.sft.steps, evaluator=None)
+        warm = _run(session, trainer, session.initial_params(), "sft")
+        start = _evaluation(session, evaluator, "start", warm.state.params)
+
+        learner = RLTrainer(session, hard.train, evaluator)
+        # RL donates its parameters; SFT goes on from these.
+        params = _copy(warm.state.params)
+        rl = _run(session, learner, params, "rl", profile_steps=profile_steps)
+        end = _evaluation(session, evaluator, "end", rl.state.params)
+
+        control = _continue_sft(session, easy, warm, rl.seconds)
+        other = _evaluation(session, evaluator, "sft_continued", control.state.params)
+        summary = _summary(
+            session,
+            sft=_stage(warm),
+            rl=_stage(rl),
+            sft_continued=_stage(control),
+            start=_figures(start),
+            end=_figures(end),
+            sft_continued_end=_figures(other),
+        )
+        report.write_comparison(session, summary, start, end, other)
+
+
+def _copy(tree):
+    import jax
+
+    return jax.tree.map(lambda x: x.copy(), tree)
+
+
+def _continue_sft(session: Session, task: Task, warm: Outcome, seconds: float) -> Outcome:
+    """SFT from where it ended, its optimizer's moments kept, for `seconds` of wall time."""
+    log.info("SFT continued for the same %.0f s", seconds)
+    # A schedule that had ended would make this no comparison.
+    optim = dataclasses.replace(session.cfg.sft.optim, schedule="constant", warmup_steps=0)
+    trainer = SFTTrainer(
+        session,
+        task.train,
+        steps=warm.steps + 10**9,
+        evaluator=None,
+        name="sft continued",
+        optim=optim,
+    )
+    return run(
+        trainer,
+        warm.state,
+        workdir=session.workdir / "sft_continued",
+        options=dataclasses.replace(session.cfg.loop, checkpoint_every=0),
+        config=session.config_json,
+        max_seconds=seconds,
+        start=warm.steps,
+    )
+
+
+def training_rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl of a stage, empty where there is none."""
+    return read_jsonl(folder) if (folder / "metrics.jsonl").exists() else []

@@ -1,0 +1,184 @@
+"""What every mode sets up once: devices, precision, tokenizer, parameters, sampler, verifiers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from pr2jax.core import rng
+from pr2jax.core.checkpoint import CheckpointError, read_checkpoint, restore_params
+from pr2jax.core.config import ConfigError, from_config_dict
+from pr2jax.core.device import resolve_dtype, versions
+from pr2jax.core.params import Tree, abstract_params, count_params, init_params
+from pr2jax.core.sharding import make_mesh, param_shardings
+from pr2jax.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+from pr2jax.models.config import ModelConfig, num_moe_layers
+from pr2jax.models.flops import active_params
+from pr2jax.models.importers import hf
+from pr2jax.models.transformer import param_specs
+from pr2jax.sampler.engine import Sampler
+from pr2jax.tasks.sandbox import VerifierPool
+from pr2jax.train.config import Config, with_vocab_size
+from pr2jax.train.loop import CHECKPOINTS
+
+log = logging.getLogger("pr2jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A run's fixed surroundings. `mesh` is None on one device."""
+
+    cfg: Config
+    workdir: Path
+    tokenizer: Tokenizer
+    mesh: Mesh | None
+    dtype: Any
+    specs: Tree
+    shardings: Tree | None
+    started: float
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """The sampler, one for the whole run: its cache is allocated once."""
+        return Sampler(
+            self.cfg.model,
+            self.cfg.sampler,
+            tokenizer=self.tokenizer,
+            dtype=self.dtype,
+            mesh=self.mesh,
+        )
+
+    @functools.cached_property
+    def pool(self) -> VerifierPool:
+        """The verifiers' worker processes, started on first use."""
+        v = self.cfg.verifier
+        return VerifierPool(workers=v.workers, timeout_s=v.timeout_s, memory_mb=v.memory_mb)
+
+    @functools.cached_property
+    def config_json(self) -> dict[str, Any]:
+        """The resolved configuration as JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self.cfg)))
+
+    def key(self, *names: str | int) -> jax.Array:
+        """A random key of this run, by name."""
+        return rng.named(rng.root(self.cfg.seed), *names)
+
+    def initial_params(self) -> Tree:
+        """From `init_from` where given, else random."""
+        if not self.cfg.init_from:
+            return init_params(self.specs, self.key("params"), self.shardings)
+        log.info("parameters from %s", self.cfg.init_from)
+        abstract = abstract_params(self.specs, self.shardings)
+        if _is_foreign(self.cfg.init_from):
+            return hf.load_params(self.cfg.init_from, abstract)[1]
+        return restore_params(checkpoint_folder(self.cfg.init_from), abstract)
+
+    def close(self) -> None:
+        """Stops the worker processes."""
+        if "pool" in self.__dict__:
+            self.pool.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def checkpoint_folder(path: str | os.PathLike) -> str:
+    """The folder of checkpoints meant by `path`: a workdir, its last stage's, or the folder."""
+    for candidate in (Path(path) / CHECKPOINTS, Path(path) / "rl" / CHECKPOINTS):
+        if candidate.is_dir():
+            return str(candidate)
+    return str(path)
+
+
+def _is_foreign(path: str) -> bool:
+    """Whether `path` is a Hugging Face or imported folder rather than a run's."""
+    return Path(checkpoint_folder(path)) == Path(path) and (Path(path) / "config.json").is_file()
+
+
+def _like_checkpoint(cfg: Config) -> Config:
+    """`cfg` with the model (and tokenizer, where it is known) of `init_from`.
+
+    What says how to compute rather than what (kernels, rematerialisation, chunks), and whether
+    there is a predictor, stays as configured. Raises CheckpointError, CheckpointFormatError.
+    """
+    tokenizer = cfg.tokenizer
+    if _is_foreign(cfg.init_from):
+        model, _ = hf.load_params(cfg.init_from)
+        if tokenizer == TokenizerConfig() and (Path(cfg.init_from) / "tokenizer.json").is_file():
+            tokenizer = TokenizerConfig(kind="hf", path=cfg.init_from)
+    else:
+        folder = checkpoint_folder(cfg.init_from)
+        _, extra, _ = read_checkpoint(folder)
+        if "config" not in extra:
+            raise CheckpointError(f"{folder}: no configuration is saved in it")
+        model = from_config_dict(ModelConfig, extra["config"]["model"], "model")
+        tokenizer = from_config_dict(TokenizerConfig, extra["config"]["tokenizer"], "tokenizer")
+    how = ("attention_impl", "remat", "scan_layers", "logprob_chunk")
+    kept = {name: getattr(cfg.model, name) for name in how}
+    if model.moe is not None and cfg.model.moe is not None:
+        how = ("impl", "block_size", "predictor")
+        own = {name: getattr(cfg.model.moe, name) for name in how}
+        kept["moe"] = dataclasses.replace(model.moe, **own)
+    return dataclasses.replace(cfg, model=dataclasses.replace(model, **kept), tokenizer=tokenizer)
+
+
+def _check_batches(cfg: Config, mesh: Mesh) -> None:
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    sizes = {"sampler.slots": cfg.sampler.slots, "sampler.prefill_rows": cfg.sampler.prefill_rows}
+    if cfg.mode in ("sft", "sft_then_rl"):
+        sizes["sft.batch"] = cfg.sft.batch
+    if cfg.mode in ("rl", "sft_then_rl"):
+        sizes["rl.micro_batch"] = cfg.rl.micro_batch
+    for key, size in sizes.items():
+        if size % rows:
+            raise ConfigError(
+                f"{key}: {size} rows are not divided by mesh.data x mesh.fsdp = {rows} devices"
+            )
+
+
+def open_session(cfg: Config, workdir: str | os.PathLike) -> Session:
+    """Builds the surroundings of a run and writes workdir/config.json.
+
+    Raises ConfigError or ShardingError naming the key or parameter at fault, before anything
+    compiles; CheckpointError for an `init_from` that cannot be read.
+    """
+    started = time.monotonic()
+    if cfg.init_from:
+        cfg = _like_checkpoint(cfg)
+    tokenizer = build_tokenizer(cfg.tokenizer)
+    cfg = with_vocab_size(cfg, tokenizer.vocab_size)
+    mesh = make_mesh(cfg.mesh)
+    if mesh.size == 1:
+        mesh = None
+    else:
+        _check_batches(cfg, mesh)
+    dtype, reason = resolve_dtype(cfg.compute_dtype)
+    specs = param_specs(cfg.model)
+    shardings = None if mesh is None else param_shardings(specs, mesh)
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    session = Session(cfg, workdir, tokenizer, mesh, dtype, specs, shardings, started)
+    (workdir / "config.json").write_text(json.dumps(session.config_json, indent=1))
+    found = versions()
+    log.info("devices: %d x %s; jax %s", found["devices"], found["device_kind"], found["jax"])
+    log.info("compute dtype: %s", reason)
+    log.info(
+        "model: %s parameters, %s active a token, %d layers (%d MoE)",
+        f"{count_params(specs):,}",
+        f"{active_params(cfg.model):,}",
+        cfg.model.num_layers,
+        num_moe_layers(cfg.model),
+    )
+    return session

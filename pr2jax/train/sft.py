@@ -1,0 +1,133 @@
+"""Supervised fine-tuning: packed rows, the loss on answers only."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from pr2jax.core.optim import OptimConfig, Optimizer, build_optimizer
+from pr2jax.core.sharding import batch_sharding
+from pr2jax.core.state import TrainState, all_finite, create, select_finite
+from pr2jax.data.packing import BatchOrder, PackedRows, answer_example, pack
+from pr2jax.data.tokenizer import Tokenizer
+from pr2jax.models.config import ModelConfig
+from pr2jax.models.logprobs import token_logprobs
+from pr2jax.models.transformer import forward
+from pr2jax.tasks.base import Problem
+from pr2jax.train.evaluator import Evaluator
+from pr2jax.train.session import Session
+
+log = logging.getLogger("pr2jax")
+
+
+def sft_loss(params, batch: PackedRows, *, cfg: ModelConfig, dtype, mesh: Mesh | None):
+    """Cross-entropy in nats, mean over the batch's target tokens; (loss, number of targets)."""
+    out = forward(
+        params,
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        cfg=cfg,
+        dtype=dtype,
+        mesh=mesh,
+    )
+    shift = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+    # A target is predicted from the position before it; the first of a segment is never one.
+    logp, _ = token_logprobs(params, out.hidden, shift(batch.tokens), cfg=cfg)
+    mask = shift(batch.loss_mask)
+    count = jnp.sum(mask)
+    return -jnp.sum(logp * mask) / jnp.maximum(count, 1.0), count
+
+
+def make_sft_step(
+    cfg: ModelConfig, optimizer: Optimizer, *, dtype, mesh: Mesh | None
+) -> Callable[[TrainState, PackedRows], tuple[TrainState, dict[str, Any]]]:
+    """The jitted (state, batch) -> (state, metrics); a non-finite step changes nothing."""
+    loss_fn = functools.partial(sft_loss, cfg=cfg, dtype=dtype, mesh=mesh)
+
+    @functools.partial(jax.jit, donate_argnums=(0,))
+    def step(state: TrainState, batch: PackedRows):
+        (loss, count), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        params, opt_state, metrics = optimizer.update(grads, state.opt_state, state.params)
+        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        ok = all_finite(loss, grads)
+        metrics |= {
+            "loss": (loss * count, count),
+            "tokens": (jnp.sum(batch.segment_ids > 0).astype(jnp.float32), jnp.float32(1.0)),
+            "skipped": (1.0 - ok.astype(jnp.float32), jnp.float32(1.0)),
+        }
+        return select_finite(ok, new, state), metrics
+
+    return step
+
+
+def pack_problems(problems: list[Problem], tokenizer: Tokenizer, row_length: int) -> PackedRows:
+    """All solved problems, packed. Raises ValueError where one has no solution or is too long."""
+    unsolved = [p.id for p in problems if p.solution is None]
+    if unsolved:
+        raise ValueError(f"problem {unsolved[0]} has no solution to learn from")
+    examples = [answer_example(tokenizer, p.prompt, p.solution) for p in problems]
+    rows, report = pack(examples, row_length, pad_id=tokenizer.pad_id)
+    log.info(
+        "SFT data: %d problems in %d rows of %d tokens, %.0f%% filled",
+        report.examples,
+        report.rows,
+        row_length,
+        100 * report.fill,
+    )
+    return rows
+
+
+class SFTTrainer:
+    """SFT as the loop sees it; batch `index` is a function of the seed and `index`."""
+
+    def __init__(
+        self,
+        session: Session,
+        problems: list[Problem],
+        *,
+        steps: int,
+        evaluator: Evaluator | None,
+        name: str = "sft",
+        optim: OptimConfig | None = None,
+    ):
+        cfg = session.cfg.sft
+        self.name, self.steps = name, steps
+        self.eval_every = cfg.eval_every
+        self.max_skipped_in_row = cfg.max_skipped_in_row
+        self.console = ("loss", "tokens", "learning_rate")
+        self.evaluator, self.session = evaluator, session
+        self.rows = pack_problems(problems, session.tokenizer, cfg.row_length)
+        self.order = BatchOrder(len(self.rows.tokens), cfg.batch, session.cfg.seed)
+        self.optimizer = build_optimizer(optim or cfg.optim, session.specs)
+        self._step = make_sft_step(
+            session.cfg.model, self.optimizer, dtype=session.dtype, mesh=session.mesh
+        )
+
+    def initial_state(self, params) -> TrainState:
+        """A state around `params` at step 0."""
+        return create(params, self.optimizer)
+
+    def batch(self, index: int) -> PackedRows:
+        """Rows of batch `index`."""
+        chosen = self.order.at(index)
+        rows = PackedRows(*(np.ascontiguousarray(field[chosen]) for field in self.rows))
+        mesh = self.session.mesh
+        if mesh is None:
+            return rows
+        return jax.device_put(rows, batch_sharding(mesh, 2))
+
+    def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Any]]:
+        """One optimizer step."""
+        return self._step(state, self.batch(index))
+
+    def evaluate(self, state: TrainState, index: int) -> dict[str, float]:
+        """Held-out figures, where there is an evaluator."""
+        return {} if self.evaluator is None else self.evaluator.quick(state.params, index)
