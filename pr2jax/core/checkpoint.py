@@ -104,7 +104,6 @@ class Checkpointer:
         Raises CheckpointError when a later step exists (latest_step would not be this one) or
         when an earlier save failed, ValueError when `extra` is not JSON.
         """
-        self.wait()
         steps = self.steps()
         if step in steps:
             return False
@@ -143,17 +142,17 @@ class Checkpointer:
     # -------------------------------------------------------------- finding
 
     def steps(self) -> list[int]:
-        """Complete steps on disk, ascending."""
-        return sorted(self._manager.all_steps(read=True))
+        """Complete steps on disk, ascending (waits for a save under way)."""
+        self.wait()
+        self._manager.reload()  # an interrupted save leaves orbax counting a step that is not there
+        return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
-        """The latest complete step (waits for a save under way), or None."""
-        self.wait()
+        """The latest complete step, or None."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
         """The complete step that ranks first by `best_metric` (latest of equals), or None."""
-        self.wait()
         return self.best_of(self.steps())
 
     def best_of(self, steps: list[int]) -> int | None:
@@ -177,7 +176,6 @@ class Checkpointer:
         Raises CheckpointError, naming the path, if the step is missing or damaged, or if its
         arrays are not exactly those of `abstract_state` (names, shapes, dtypes).
         """
-        self.wait()
         step = self._resolve("latest" if step is None else step)
         record = self._record(step)
         wanted, present = _flatten(abstract_state), record["arrays"]
@@ -193,14 +191,12 @@ class Checkpointer:
 
     def read(self, which: Which = "latest") -> tuple[int, dict, dict]:
         """(step, extra, metrics) of a checkpoint, without its arrays. Raises CheckpointError."""
-        self.wait()
         step = self._resolve(which)
         record = self._record(step)
         return step, record["extra"], record["metrics"]
 
     def params(self, abstract_params: Tree, which: Which = "latest") -> Tree:
         """Only the `params` of a TrainState, cast to the dtypes asked for (`restore_params`)."""
-        self.wait()
         step = self._resolve(which)
         present = self._record(step)["arrays"]
         wanted = {f"params/{p}": x for p, x in _flatten(abstract_params).items()}

@@ -180,16 +180,13 @@ class MetricWriter:
 
 def _trim(path: Path, resume_step: int | None) -> None:
     """Drop rows after `resume_step`, and what a killed writer left of its last line."""
-
-    def keep(line: str) -> bool:
-        if not line.endswith("\n"):
-            return False
-        return resume_step is None or json.loads(line)["step"] <= resume_step
-
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if keep(line)]
-    if len(kept) < len(lines):
-        _write_atomically(path, "".join(kept))
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        _write_atomically(path, whole)
+    if resume_step is not None:
+        rows = [row for row in read_jsonl(path) if row["step"] <= resume_step]
+        _write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def format_number(value: Any) -> str:

@@ -175,7 +175,7 @@ def _chain(cfg: OptimConfig, label: str) -> optax.GradientTransformation:
             optax.scale_by_adam(b1=group.b1, b2=group.b2, eps=group.eps, mu_dtype=jnp.float32)
         )
     if group.weight_decay:
-        mask = lambda tree: map_with_path(lambda p, _: not re.search(cfg.no_decay, p), tree)  # noqa: E731
+        mask = lambda tree: map_with_path(lambda p, _: not re.search(cfg.no_decay, p), tree)
         parts.append(optax.add_decayed_weights(group.weight_decay, mask=mask))
     return optax.chain(*parts) if parts else optax.identity()
 
@@ -201,7 +201,7 @@ def _fp32(tree: Tree) -> Tree:
 
 
 def _norm(tree: Tree) -> Float[Array, ""]:
-    return jnp.asarray(optax.global_norm(tree), jnp.float32)
+    return jnp.asarray(optax.tree.norm(tree), jnp.float32)
 
 
 class Optimizer:
@@ -359,5 +359,5 @@ def adam_direction(
 
 
 def _adam_state(group_state: Any) -> optax.ScaleByAdamState:
-    is_adam: Callable[[Any], bool] = lambda s: isinstance(s, optax.ScaleByAdamState)  # noqa: E731
+    is_adam: Callable[[Any], bool] = lambda s: isinstance(s, optax.ScaleByAdamState)
     return next(s for s in jax.tree.leaves(group_state, is_leaf=is_adam) if is_adam(s))

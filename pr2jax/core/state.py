@@ -44,7 +44,7 @@ def create(params: Tree, optimizer: Optimizer) -> TrainState:
     Where parameters lie on a mesh their moments are made there, with the same sharding, and the
     counters are replicated.
     """
-    build = lambda p: _build(p, optimizer).replace(params=None)  # noqa: E731
+    build = lambda p: _build(p, optimizer).replace(params=None)
     shardings = None
     if _mesh(params) is not None:
         abstract = abstract_state(params, optimizer).replace(params=None)

@@ -140,7 +140,7 @@ def test_groups_have_their_own_rate_norm_decay_and_betas():
     router = part(["moe/router/kernel"], 0.9, 0.95, 1e-8)
     for t in range(4):
         grads = draw(10 + t)
-        kernels = lambda k: 0.1 if k.endswith("kernel") else 0.0  # noqa: E731
+        kernels = lambda k: 0.1 if k.endswith("kernel") else 0.0
         norms = {
             "default": rest.step(grads, 0.01, 1.0, kernels),
             "predictor": predictor.step(grads, 0.05, 0.1),
