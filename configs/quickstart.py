@@ -3,7 +3,6 @@
 python -m pr2jax.main --config=configs/quickstart.py --workdir=/tmp/pr2jax_quickstart
 """
 
-import dataclasses
 import json
 
 from pr2jax.core.config import to_config_dict

@@ -11,12 +11,11 @@ import json
 import logging
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import versions
-from pr2jax.core.metrics import read_jsonl, write_summary
+from pr2jax.core.metrics import write_summary
 from pr2jax.tasks.base import Problem, Task
 from pr2jax.tasks.registry import build_task
 from pr2jax.train import report
@@ -204,8 +203,3 @@ def _continue_sft(session: Session, task: Task, warm: Outcome, seconds: float) -
         max_seconds=seconds,
         start=warm.steps,
     )
-
-
-def training_rows(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl of a stage, empty where there is none."""
-    return read_jsonl(folder) if (folder / "metrics.jsonl").exists() else []

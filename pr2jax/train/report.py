@@ -1,10 +1,292 @@
-def write_sft(*a):
-    pass
+"""report.html of a run: what it reached, what routing replay did, and how it was made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pr2jax.core.metrics import read_jsonl
+from pr2jax.core.plots import curve, heatmap
+from pr2jax.evaluation import report as page
+from pr2jax.evaluation.passk import Interval
+from pr2jax.evaluation.report import Section, Tile
+from pr2jax.evaluation.runner import Sample
+from pr2jax.tasks.base import Problem
+from pr2jax.train.session import Session
+
+log = logging.getLogger("pr2jax")
+
+Rows = Sequence[Mapping[str, Any]]
+Evaluation = Mapping[str, Any]
+
+_REPORT = "report.html"
 
 
-def write_rl(*a):
-    pass
+def training_rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl of a stage; empty where there is none."""
+    return read_jsonl(folder) if (folder / "metrics.jsonl").exists() else []
 
 
-def write_comparison(*a):
-    pass
+def _interval(figure: Mapping[str, float]) -> Interval:
+    return Interval(figure["value"], figure["low"], figure["high"])
+
+
+def _samples(evaluation: Evaluation) -> list[Sample]:
+    return [
+        Sample(
+            Problem(row["id"], row["prompt"], row["answer"], ""),
+            tuple(row["responses"]),
+            tuple(row["scores"]),
+            tuple(row["reasons"]),
+        )
+        for row in evaluation["samples"]
+    ]
+
+
+def _outcome_section(evaluations: Mapping[str, Evaluation]) -> Section:
+    """Held-out figures of every stage, on one scale and as a table."""
+    metrics = {name: e["metrics"] for name, e in evaluations.items()}
+    names = list(next(iter(metrics.values())))
+    passes = [n for n in names if n.startswith("pass@")]
+    bars = [(f"{n}, {stage}", _interval(m[n])) for n in passes for stage, m in metrics.items()]
+    rows = [[n, *(_interval(m[n]) for m in metrics.values())] for n in names]
+    return Section(
+        "What it reached",
+        [
+            "Held-out problems, none of whose questions was trained on. Intervals are 95% "
+            "bootstrap intervals over problems.",
+            page.intervals(bars),
+            page.table(["", *metrics], rows),
+        ],
+    )
+
+
+def _learning_section(rl: Rows, sft: Rows, mini_steps: int) -> Section:
+    band = {"eval/pass@1": ("eval/pass@1/low", "eval/pass@1/high")}
+    items = [
+        (curve(rl, "reward", smooth=0.8, title="reward"), "Mean score of the rollouts."),
+        (
+            curve(rl, "eval/pass@1", interval=band, title="held-out pass@1"),
+            "A part of the held-out problems, with intervals.",
+        ),
+        (
+            curve(rl, "response_length", title="response length", ylabel="tokens"),
+            "Tokens a response.",
+        ),
+        (curve(rl, "entropy", smooth=0.5, title="entropy", ylabel="nats"), "Of the policy."),
+        (
+            curve(rl, "kept_groups", smooth=0.5, title="groups with a signal"),
+            "Share of prompts whose samples did not all score the same.",
+        ),
+    ]
+    if sft:
+        items.append((curve(sft, "loss", smooth=0.8, title="SFT loss", ylabel="nats"), "Warm-up."))
+    return Section("How it learned", [f"{mini_steps} mini-steps a batch.", page.figures(items)])
+
+
+def _replay_section(rl: Rows, mode: str, mini_steps: int) -> Section:
+    by_mini = lambda key: {f"mini-step {i}": f"mini_{i}/{key}" for i in range(1, mini_steps + 1)}
+    paired = {
+        "used (shifted) route": f"mini_{mini_steps}/paired_zero_deviation",
+        "un-shifted old route": f"mini_{mini_steps}/old_route_zero_deviation",
+    }
+    items = [
+        (
+            curve(rl, by_mini("zero_deviation"), smooth=0.5, title="zero deviation"),
+            "Share of response tokens whose used experts are the live router's top-k in all "
+            "layers.",
+        ),
+        (
+            curve(rl, paired, smooth=0.5, title="last mini-step, paired"),
+            "The predicted route against the route the router would have logged without "
+            "prediction, on the same tokens: the gap is what the prediction won or cost.",
+        ),
+        (
+            heatmap(rl, "agreement/layer_", title="top-k agreement by layer"),
+            "Share of the used experts that the live router would choose.",
+        ),
+        (
+            curve(rl, by_mini("predictor_loss"), smooth=0.5, title="predictor loss"),
+            "KL from the live router to the predicted one, nats, summed over layers.",
+        ),
+        (
+            heatmap(rl, "flips/layer_", title="flips by layer"),
+            "Share of tokens whose un-shifted experts changed since the rollout.",
+        ),
+        (
+            curve(rl, "shift_ratio", smooth=0.5, title="|h W_p| / |p|"),
+            "How hard the prediction pushes the router's logits.",
+        ),
+    ]
+    text = (
+        f"Mode {mode}. A route is logged when a token is sampled and used again in every "
+        "mini-step; gates always come from the live router, so it goes on learning."
+    )
+    return Section("What routing replay did", [text, page.figures(items)])
+
+
+def _mismatch_section(rl: Rows) -> Section:
+    items = [
+        (
+            curve(rl, "mismatch/abs", title="mean |difference|", ylabel="nats"),
+            "Of the sampler's and the learner's log-probabilities, same weights (mini-step 1).",
+        ),
+        (
+            curve(rl, "mismatch/k3", title="k3 KL", ylabel="nats"),
+            "KL of sampler and learner, same weights.",
+        ),
+        (
+            curve(rl, {"largest": "ratio_max", "smallest": "ratio_min"}, title="importance ratio"),
+            "Extremes over the batch's mini-steps.",
+        ),
+        (
+            curve(rl, "ratio_ess", smooth=0.5, title="effective sample size"),
+            "1 when every ratio is the same.",
+        ),
+        (
+            curve(rl, {"below": "clip_low", "above": "clip_high"}, smooth=0.5, title="clipped"),
+            "Share of tokens whose gradient the clip removed.",
+        ),
+        (
+            curve(rl, "grad_norm", smooth=0.5, title="gradient norm"),
+            "Before clipping, all groups.",
+        ),
+    ]
+    return Section("Sampler against learner", [page.figures(items)])
+
+
+def _time_section(rl: Rows) -> Section:
+    parts = {"sample": "time/sample", "verify": "time/verify", "learn": "time/learn"}
+    items = [
+        (curve(rl, parts, smooth=0.5, title="seconds a step"), "Of a whole batch."),
+        (
+            curve(rl, "tokens_per_second", smooth=0.5, title="tokens / s"),
+            "Sampled tokens over the step's whole time.",
+        ),
+    ]
+    return Section("Where the time went", [page.figures(items)])
+
+
+def _run_section(summary: Mapping[str, Any], session: Session) -> Section:
+    counts = {**summary["verifiers"], **summary["sampler"]}
+    rows = [[name, value] for name, value in counts.items()]
+    return Section(
+        "The run",
+        [
+            page.table(["count", ""], rows),
+            page.settings(summary["versions"], "Versions and device"),
+            page.settings(session.config_json, "Configuration"),
+        ],
+    )
+
+
+def _last(rows: Rows, key: str) -> str:
+    values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
+    return f"{values[-1]:.3g}" if values else "none"
+
+
+def _rl_tiles(rl: Rows, mini_steps: int) -> list[Tile]:
+    return [
+        Tile(
+            "zero deviation",
+            _last(rl, f"mini_{mini_steps}/zero_deviation"),
+            f"last batch, mini-step {mini_steps}",
+        ),
+        Tile("mismatch", _last(rl, "mismatch/abs"), "mean |Δ log-prob|, last batch"),
+    ]
+
+
+def _rl_sections(session: Session, rl: Rows, sft: Rows) -> list[Section]:
+    cfg = session.cfg
+    sections = [_learning_section(rl, sft, cfg.rl.mini_steps)]
+    if cfg.replay.mode != "off":
+        sections.append(_replay_section(rl, cfg.replay.mode, cfg.rl.mini_steps))
+    return [*sections, _mismatch_section(rl), _time_section(rl)]
+
+
+def _transcripts(session: Session, before: Evaluation, after: Evaluation) -> Section:
+    blocks = page.transcripts(_samples(before), _samples(after), limit=session.cfg.eval.transcripts)
+    return Section("Before and after", [blocks])
+
+
+def _write(session: Session, title: str, sections: list[Section], tiles: list[Tile], summary):
+    path = session.workdir / _REPORT
+    subtitle = (
+        f"{summary['versions']['device_kind']}, jax {summary['versions']['jax']}, "
+        f"{summary['compute_dtype']}, {summary['wall_seconds']:.0f} s in all"
+    )
+    page.write_report(path, title, sections, subtitle=subtitle, tiles=tiles)
+    log.info("report: %s", path)
+
+
+def write_sft(session: Session, summary: Mapping[str, Any], end: Evaluation | None) -> None:
+    """The report of an SFT run."""
+    rows = training_rows(session.workdir)
+    items = [
+        (curve(rows, "loss", smooth=0.8, title="loss", ylabel="nats"), "On answers."),
+        (curve(rows, "learning_rate", title="learning rate"), "Of the default group."),
+        (curve(rows, "grad_norm", smooth=0.8, title="gradient norm"), "Before clipping."),
+    ]
+    sections = [Section("How it learned", [page.figures(items)])]
+    tiles = [Tile("loss", _last(rows, "loss"), "last step")]
+    if end is not None:
+        sections.insert(0, _outcome_section({"end": end}))
+        tiles.append(Tile("pass@1", f"{end['metrics']['pass@1']['value']:.3f}", "held out"))
+    sections.append(_run_section(summary, session))
+    _write(session, "Supervised fine-tuning", sections, tiles, summary)
+
+
+def write_rl(
+    session: Session,
+    summary: Mapping[str, Any],
+    start: Evaluation | None,
+    end: Evaluation | None,
+) -> None:
+    """The report of an RL run."""
+    rl = training_rows(session.workdir)
+    sections = _rl_sections(session, rl, [])
+    tiles = _rl_tiles(rl, session.cfg.rl.mini_steps)
+    if start is not None and end is not None:
+        sections.insert(0, _outcome_section({"before": start, "after": end}))
+        sections.append(_transcripts(session, start, end))
+        tiles.insert(0, _gain_tile(start, end))
+    sections.append(_run_section(summary, session))
+    title = f"GRPO with {session.cfg.replay.mode} on {session.cfg.rl_task.name}"
+    _write(session, title, sections, tiles, summary)
+
+
+def _gain_tile(start: Evaluation, end: Evaluation) -> Tile:
+    before, after = (_interval(e["metrics"]["pass@1"]) for e in (start, end))
+    apart = "intervals apart" if after.apart(before) else "intervals overlap"
+    return Tile("held-out pass@1", f"{before.mean:.2f} → {after.mean:.2f}", apart)
+
+
+def write_comparison(
+    session: Session,
+    summary: Mapping[str, Any],
+    start: Evaluation,
+    end: Evaluation,
+    control: Evaluation,
+) -> None:
+    """The report of SFT, then RL, beside SFT continued for the same wall time."""
+    rl, sft = training_rows(session.workdir / "rl"), training_rows(session.workdir / "sft")
+    stages = {"after SFT": start, "after RL": end, "SFT continued": control}
+    tiles = [
+        _gain_tile(start, end),
+        Tile(
+            "SFT continued",
+            f"{control['metrics']['pass@1']['value']:.2f}",
+            "pass@1 for the same wall time",
+        ),
+        *_rl_tiles(rl, session.cfg.rl.mini_steps),
+    ]
+    sections = [
+        _outcome_section(stages),
+        *_rl_sections(session, rl, sft),
+        _transcripts(session, start, end),
+        _run_section(summary, session),
+    ]
+    title = f"GRPO with {session.cfg.replay.mode} on {session.cfg.rl_task.name}"
+    _write(session, title, sections, tiles, summary)

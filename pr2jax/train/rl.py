@@ -50,8 +50,9 @@ class RLTrainer:
     """RL as the loop sees it: one step is one rollout batch and its mini-steps.
 
     Metrics of a step: `reward` (mean score), `solved` (share of full scores), `response_length`,
-    `stopped` (share that ended by itself), `kept_groups` (share with a signal), `verifier_failures`,
-    `tokens_per_second`, `time/*`; every learner metric over the whole step; and under
+    `stopped` (share that ended by itself), `kept_groups` (share with a signal),
+    `verifier_failures`, `tokens_per_second`, `time/*`; every learner metric over the whole
+    step; and under
     `mini_I/NAME` those of mini-step I.
     """
 
