@@ -1,0 +1,331 @@
+"""The mini-step: exact accumulation, ratio 1, predictor isolation, replay under a moved router."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pr2jax.core.config import ConfigError
+from pr2jax.core.params import map_with_path
+from pr2jax.models.transformer import forward
+from pr2jax.replay.modes import ReplayConfig, plan, selection_shift
+from pr2jax.rl.batch import split_micro
+from pr2jax.rl.update import make_mini_step
+from tests.rl import tiny
+from tests.rl.tiny import MODEL, K, leaves, value
+
+PR2 = ReplayConfig(mode="pr2", feature_tokens=tiny.LENGTH)
+R3 = ReplayConfig(mode="r3")
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A policy, its optimizer, and a batch of its own making, with features."""
+    params = tiny.make_params()
+    optimizer = tiny.make_optimizer(params)
+    batch = tiny.blank_batch()
+    scores = tiny.score(params, batch, tiny.response_places(batch))
+    return params, optimizer, tiny.as_behavior(batch, scores)
+
+
+@pytest.fixture(scope="module")
+def pr2_step(world):
+    return make_mini_step(MODEL, tiny.rl_config(), PR2, world[1], donate=False)
+
+
+def moved(params, size, seed=7):
+    """The parameters after a step of someone else: every leaf but W_p perturbed."""
+    rng = np.random.default_rng(seed)
+    push = lambda p, x: x if "predictor" in p else x + size * rng.normal(size=x.shape)
+    return map_with_path(lambda p, x: jnp.asarray(push(p, x), jnp.float32), params)
+
+
+def assert_same(a, b, but=()):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        if not any(x in path for x in but):
+            np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_micro_batched_gradient_is_the_full_gradient(world, aggregation):
+    """4 micro-batches of 2 (the last one all filler) against one of 8, SGD so that it shows."""
+    params, _, batch = world
+    lengths = batch.lengths.copy()
+    lengths[6:] = 0
+    mask = batch.loss_mask * (lengths > 0)[:, None]
+    features = batch.features.replace(mask=batch.features.mask & (lengths > 0)[:, None])
+    batch = batch.replace(lengths=lengths, loss_mask=mask, features=features)
+    batch = batch.replace(ref_logprobs=batch.old_logprobs - 0.1)
+    optimizer = tiny.make_optimizer(params, optimizer="sgd", learning_rate=1.0, clip_norm=None)
+    start = tiny.make_state(moved(params, 0.02), optimizer)
+    results = []
+    for rows in (8, 2):
+        cfg = tiny.rl_config(
+            aggregation=aggregation, kl_coef=0.1, entropy_coef=0.01, z_coef=0.01, micro_batch=rows
+        )
+        margin = dataclasses.replace(PR2, loss_weighting="margin")
+        step = make_mini_step(MODEL, cfg, margin, optimizer, donate=False)
+        results.append(step(start, split_micro(batch, rows), True))
+    (full, full_metrics), (micro, micro_metrics) = results
+    before = leaves(start.params)
+    for path, a in leaves(full.params).items():
+        delta, other = a - before[path], leaves(micro.params)[path] - before[path]
+        np.testing.assert_allclose(other, delta, atol=2e-6 * max(1, abs(delta).max()), err_msg=path)
+    assert any(
+        np.any(leaves(full.params, "predictor")[p] != before[p]) for p in before if "predictor" in p
+    )
+    assert full_metrics.keys() == micro_metrics.keys()
+    for name in full_metrics:
+        a, b = value(full_metrics, name), value(micro_metrics, name)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+def test_gradient_against_finite_differences(world):
+    """The step's own update, by SGD at rate 1, against central differences of a plain loss."""
+    params, _, batch = world
+    optimizer = tiny.make_optimizer(params, optimizer="sgd", learning_rate=1.0, clip_norm=None)
+    start = tiny.make_state(moved(params, 0.02), optimizer)
+    step = make_mini_step(MODEL, tiny.rl_config(), R3, optimizer, donate=False)
+    after, _ = step(start, split_micro(batch.replace(features=None), 8), False)
+    rng = np.random.default_rng(0)
+    way = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), start.params)
+    own = sum(
+        np.sum((leaves(start.params)[p] - leaves(after.params)[p]) * w)
+        for p, w in leaves(way).items()
+        if "predictor" not in p
+    )
+
+    @jax.jit
+    def logprobs(params):
+        segment = (np.arange(tiny.LENGTH) < batch.lengths[:, None]).astype(np.int32)
+        place = np.broadcast_to(np.arange(tiny.LENGTH), segment.shape)
+        out = forward(params, batch.tokens, place, segment, cfg=MODEL, routes=batch.routes)
+        logits = out.hidden @ params["embed"]["table"].T
+        return jax.nn.log_softmax(logits)
+
+    def loss(size):
+        shifted = jax.tree.map(lambda x, w: x + size * w, start.params, way)
+        logp = np.asarray(logprobs(shifted), np.float64)
+        total = 0.0
+        for b, t in zip(*np.nonzero(batch.loss_mask), strict=True):
+            new = logp[b, t - 1, batch.tokens[b, t]]
+            r, a = np.exp(new - batch.old_logprobs[b, t]), batch.advantages[b]
+            total -= min(r * a, np.clip(r, 0.8, 1.28) * a)
+        return total / batch.loss_mask.sum()
+
+    eps = 1e-3
+    np.testing.assert_allclose(own, (loss(eps) - loss(-eps)) / (2 * eps), rtol=5e-3)
+
+
+@pytest.mark.parametrize("mode", ["r3", "pr2"])
+def test_ratio_is_one_at_mini_step_1(mode):
+    """Sampled with a shifted selection (pr2) or not (r3), replayed without: the same policy."""
+    params = tiny.make_params(predictor=0.3)
+    optimizer = tiny.make_optimizer(params)
+    cfg = ReplayConfig(mode=mode, feature_tokens=tiny.LENGTH)
+    state = tiny.make_state(params, optimizer)
+    shift = selection_shift(plan(cfg), params, MODEL, optimizer.cfg, state.opt_state)
+    batch = tiny.blank_batch()
+    args = (batch.tokens, batch.positions, batch.segment_ids)
+    live = jax.jit(lambda p, s: forward(p, *args, cfg=MODEL, shift=s).routes)
+    routes = np.asarray(live(params, shift))
+    plain = np.asarray(live(params, None))
+    assert np.any(routes != plain) == (mode == "pr2")
+    batch = batch.replace(routes=routes)
+    scores = tiny.score(params, batch, tiny.response_places(batch))
+    np.testing.assert_array_equal(scores.routes, routes)
+    batch = tiny.as_behavior(batch, scores)
+    batch = batch if mode == "pr2" else batch.replace(features=None)
+    step = make_mini_step(MODEL, tiny.rl_config(micro_batch=2), cfg, optimizer, donate=False)
+    _, metrics = step(state, split_micro(batch, 2), False)
+    for name in ("ratio_min", "ratio_mean", "ratio_max", "ratio_ess"):
+        np.testing.assert_allclose(value(metrics, name), 1.0, atol=1e-5, err_msg=name)
+    for name in ("behavior/abs", "old/abs_max", "clip_low", "clip_high"):
+        assert value(metrics, name) <= 1e-5
+    if mode == "r3":
+        assert value(metrics, "zero_deviation") == 1.0
+    else:
+        assert value(metrics, "zero_deviation") < 1.0
+        assert value(metrics, "flips") == 0.0  # un-shifted, old and now are one router
+
+
+def test_predictor_changes_no_other_parameter(world, pr2_step):
+    params, optimizer, batch = world
+    state = tiny.make_state(moved(params, 0.05), optimizer)
+    split = split_micro(batch, 8)
+    (on, _), (off, _) = pr2_step(state, split, True), pr2_step(state, split, False)
+    assert_same(on.params, off.params, but=("predictor",))
+    assert_same(on.opt_state.groups["default"], off.opt_state.groups["default"])
+    for path, w_p in leaves(on.params, "predictor").items():
+        assert np.any(w_p != leaves(off.params)[path])
+    # And the policy's moved: equality above is not that of two things standing still.
+    assert all(
+        np.any(x != leaves(state.params)[p]) for p, x in leaves(on.params, "router/kernel").items()
+    )
+
+
+def test_inactive_predictor_is_bit_unchanged_with_momentum_in_it(world, pr2_step):
+    """A zero gradient would not do: momentum moves parameters. Moments and count stand too."""
+    params, optimizer, batch = world
+    split = split_micro(batch, 8)
+    warm, _ = pr2_step(tiny.make_state(moved(params, 0.05), optimizer), split, True)
+    assert all(np.any(w != 0) for w in leaves(warm.params, "predictor").values())
+    assert any(np.any(m != 0) for m in leaves(warm.opt_state.groups["predictor"], "mu").values())
+    after, metrics = pr2_step(warm, split, False)
+    assert value(metrics, "predictor_loss") > 0  # measured all the same
+    same = leaves(warm.params, "predictor")
+    for path, w_p in leaves(after.params, "predictor").items():
+        np.testing.assert_array_equal(w_p, same[path])
+    assert_same(after.opt_state.groups["predictor"], warm.opt_state.groups["predictor"])
+    assert int(after.step) == int(warm.step) + 1
+
+
+def test_one_mini_step_a_batch_leaves_w_p_zero(world, pr2_step):
+    params, optimizer, batch = world
+    state = tiny.make_state(params, optimizer)
+    for _ in range(3):  # on-policy: every mini-step is the first of its batch
+        state, _ = pr2_step(state, split_micro(batch, 8), False)
+    for w_p in leaves(state.params, "predictor").values():
+        assert not np.any(w_p)
+
+
+def test_at_zero_w_p_routes_are_the_live_ones(world):
+    params, optimizer, batch = world
+    state = tiny.make_state(params, optimizer)
+    shift = selection_shift(plan(PR2), params, MODEL, optimizer.cfg, state.opt_state)
+    assert not np.any(shift)
+    args = (batch.tokens, batch.positions, batch.segment_ids)
+    live = jax.jit(lambda p, s: forward(p, *args, cfg=MODEL, shift=s))
+    a, b = live(params, shift), live(params, None)
+    np.testing.assert_array_equal(a.routes, b.routes)
+    np.testing.assert_array_equal(a.hidden, b.hidden)
+
+
+def test_predictor_learns_the_drift(world, pr2_step):
+    """Against a policy that moved, its loss falls; nothing else is trained here."""
+    params, optimizer, batch = world
+    drifted = moved(params, 0.05)
+    optimizer = tiny.make_optimizer(params, trainable="moe/predictor/", groups=optimizer.cfg.groups)
+    step = make_mini_step(MODEL, tiny.rl_config(), PR2, optimizer, donate=False)
+    state = tiny.make_state(drifted, optimizer)
+    seen = []
+    for _ in range(30):
+        state, metrics = step(state, split_micro(batch, 8), True)
+        seen.append(value(metrics, "predictor_loss"))
+    assert seen[-1] < 0.8 * seen[0]
+    layers = sum(value(metrics, f"predictor_loss/layer_{i}") for i in range(tiny.L))
+    np.testing.assert_allclose(layers, seen[-1], rtol=1e-5)
+    assert_same(state.params, drifted, but=("predictor",))
+
+
+def test_forced_routes_under_a_perturbed_router(world):
+    """60% of live routes flipped: the log is replayed to the letter, and the router learns."""
+    params, _, batch = world
+    rng = np.random.default_rng(0)
+
+    def perturb(path, x):
+        noise = jnp.asarray(rng.normal(size=x.shape), jnp.float32) * 0.25
+        return x + 0.6 * noise if "router/kernel" in path else x
+
+    drifted = map_with_path(perturb, params)
+    args = (batch.tokens, batch.positions, batch.segment_ids)
+    live = jax.jit(lambda p: forward(p, *args, cfg=MODEL).routes)(drifted)
+    real = np.asarray(batch.segment_ids) > 0
+    same = np.sort(live, -1) == np.sort(batch.routes, -1)
+    assert 0.5 < 1 - same.all(-1)[:, real].mean() < 0.7
+    run = jax.jit(lambda p, r: forward(p, *args, cfg=MODEL, routes=r, diagnostics=True))
+    out = run(drifted, batch.routes)
+    np.testing.assert_array_equal(out.routes, batch.routes)
+    optimizer = tiny.make_optimizer(params, optimizer="sgd", learning_rate=1.0, clip_norm=None)
+    state = tiny.make_state(drifted, optimizer)
+    step = make_mini_step(MODEL, tiny.rl_config(), R3, optimizer, donate=False)
+    after, metrics = step(state, split_micro(batch.replace(features=None), 8), False)
+    for path, w_r in leaves(after.params, "router/kernel").items():
+        for layer in range(len(w_r)):
+            assert np.abs(w_r[layer] - leaves(drifted)[path][layer]).max() > 1e-4
+    # The logged sets against the live top-k at the tokens that predict responses, by hand.
+    mask = tiny.response_places(batch)[1]
+    top = np.asarray(out.router.agreement)[:, mask]
+    np.testing.assert_allclose(
+        value(metrics, "zero_deviation"), (top == K).all(0).mean(), rtol=1e-6
+    )
+    np.testing.assert_allclose(value(metrics, "agreement"), top.mean() / K, rtol=1e-6)
+
+
+def test_frozen_router(world):
+    """The sixth baseline is one line of configuration; its live routes are then still the log's."""
+    params, _, batch = world
+    optimizer = tiny.make_optimizer(params, trainable=r"^(?!.*moe/router/)")
+    step = make_mini_step(
+        MODEL, tiny.rl_config(), ReplayConfig(mode="off"), optimizer, donate=False
+    )
+    state = tiny.make_state(params, optimizer)
+    after, metrics = step(state, split_micro(batch.replace(routes=None, features=None), 8), False)
+    before = leaves(params)
+    assert leaves(after.params, "router")
+    for path, x in leaves(after.params).items():
+        stands = "router" in path or "predictor" in path
+        assert np.array_equal(x, before[path]) == stands, path
+    assert value(metrics, "zero_deviation") == 1.0  # off: what is used is the live choice
+
+
+@pytest.mark.parametrize("broken", ["loss", "predictor"])
+def test_a_non_finite_step_changes_nothing_and_is_counted(world, pr2_step, broken):
+    params, optimizer, batch = world
+    state = tiny.make_state(moved(params, 0.02), optimizer)
+    if broken == "loss":
+        bad = batch.replace(advantages=np.where(np.arange(8) == 3, np.nan, batch.advantages))
+    else:
+        inputs = batch.features.inputs.at[0, 0, tiny.PROMPT].set(jnp.nan)
+        bad = batch.replace(features=batch.features.replace(inputs=inputs))
+    bad = split_micro(bad, 8)
+    after, metrics = pr2_step(state, bad, True)
+    assert value(metrics, "skipped") == 1.0
+    assert (int(after.skipped), int(after.skipped_in_row), int(after.step)) == (1, 1, 0)
+    assert_same(after.params, state.params)
+    assert_same(after.opt_state, state.opt_state)
+    if broken == "predictor":  # a predictor that stands still cannot spoil the step
+        after, metrics = pr2_step(after, bad, False)
+        assert value(metrics, "skipped") == 0.0
+        assert (int(after.skipped), int(after.skipped_in_row), int(after.step)) == (1, 0, 1)
+
+
+def test_selection_bias_moves_by_load_alone():
+    moe = dataclasses.replace(MODEL.moe, score="sigmoid", selection_bias=True)
+    model = dataclasses.replace(MODEL, moe=moe)
+    params = tiny.make_params(model)
+    optimizer = tiny.make_optimizer(params, weight_decay=0.5, no_decay="^$")
+    batch = tiny.blank_batch()
+    scores = tiny.score(params, batch, scorer=tiny.make_scorer(model, temperature=1.0))
+    batch = tiny.as_behavior(batch, scores)
+    state = tiny.make_state(params, optimizer)
+    for rate in (0.0, 0.01):
+        cfg = tiny.rl_config(bias_update_rate=rate, micro_batch=4)
+        step = make_mini_step(model, cfg, R3, optimizer, donate=False)
+        after, _ = step(state, split_micro(batch, 4), False)
+        real = np.asarray(batch.segment_ids) > 0
+        (old,) = leaves(params, "selection_bias").values()
+        (new,) = leaves(after.params, "selection_bias").values()
+        for layer in range(tiny.L):
+            load = np.bincount(batch.routes[layer][real].ravel(), minlength=tiny.E)
+            want = old[layer] + rate * np.sign(load.mean() - load)
+            np.testing.assert_allclose(new[layer], want, rtol=1e-6)
+    with pytest.raises(ConfigError, match="bias_update_rate"):
+        make_mini_step(MODEL, cfg, R3, optimizer)
+
+
+def test_what_a_mode_needs_is_asked_for(world):
+    params, optimizer, batch = world
+    bare = tiny.make_optimizer(params, groups={})
+    with pytest.raises(ConfigError, match="groups"):
+        make_mini_step(MODEL, tiny.rl_config(), PR2, bare)
+    step = make_mini_step(MODEL, tiny.rl_config(), PR2, optimizer, donate=False)
+    state = tiny.make_state(params, optimizer)
+    with pytest.raises(ValueError, match="routes"):
+        step(state, split_micro(batch.replace(routes=None), 8), True)
+    with pytest.raises(ValueError, match="features"):
+        step(state, split_micro(batch.replace(features=None), 8), True)
