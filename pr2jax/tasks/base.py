@@ -50,7 +50,7 @@ class TaskConfig:
     question_regex: what the model sees of the question is group 1 of its first match; empty
         leaves the question whole. The verifier always works on the whole.
     response_regex: the answer is group 1 of its last match in the response (no match: score 0);
-        empty takes the whole response. Math finds its own \\boxed{}.
+        empty takes the whole response, or for math the last \\boxed{}.
     partial_credit: False turns every score below 1 into 0.
     allow_unsound: True admits generators whose verifier is known to be wrong.
     max_bad_share: rows: share of malformed rows above which reading stops.

@@ -4,7 +4,7 @@ math-verify limits its own time by signals, which work in a process's main threa
 through a VerifierPool.
 """
 
-from pr2jax.tasks.base import Problem, Verdict, explain
+from pr2jax.tasks.base import Problem, Verdict, explain, extract_response
 
 _BOXES = ("\\boxed", "\\fbox")
 
@@ -56,9 +56,12 @@ def verify(problem: Problem, response: str) -> Verdict:
     from math_verify import parse
     from math_verify import verify as equal
 
-    answer = last_boxed(response)
+    if problem.meta.get("response_regex"):
+        answer = extract_response(problem, response)
+    else:
+        answer = last_boxed(response)
     if answer is None:
-        return Verdict(0.0, "no \\boxed{} answer")
+        return Verdict(0.0, "no answer in the expected form")
     reference = parse(f"\\boxed{{{last_boxed(problem.answer) or problem.answer}}}")
     if not reference:
         raise ValueError(f"reference answer of {problem.id} cannot be read: {problem.answer!r}")

@@ -45,19 +45,17 @@ class _Worker:
         )
         os.set_blocking(self.process.stdout.fileno(), False)
         self.buffer = b""
+        self.ready = False
         self.item: int | None = None
         self.deadline = 0.0
 
-    def send(self, item: int, problem: Problem, response: str) -> bool:
-        """Hands over an item; False if the process is gone."""
+    def send(self, item: int, problem: Problem, response: str) -> None:
+        """Hands over an item. If the process is gone, `receive` will tell."""
         self.item, self.deadline = item, time.monotonic() + _START_S
-        body = pickle.dumps((problem, response))
-        try:
+        body = pickle.dumps((item, problem, response))
+        with contextlib.suppress(OSError):
             self.process.stdin.write(HEADER.pack(len(body)) + body)
             self.process.stdin.flush()
-        except OSError:
-            return False
-        return True
 
     def receive(self) -> list[dict] | None:
         """Messages that have arrived; None if the process is gone or writes what it should not."""
@@ -73,9 +71,12 @@ class _Worker:
             if len(self.buffer) < HEADER.size + size:
                 break
             try:
-                messages.append(json.loads(self.buffer[HEADER.size : HEADER.size + size]))
+                message = json.loads(self.buffer[HEADER.size : HEADER.size + size])
             except ValueError:
                 return None
+            if not isinstance(message, dict):
+                return None
+            messages.append(message)
             self.buffer = self.buffer[HEADER.size + size :]
         return messages
 
@@ -118,7 +119,11 @@ class VerifierPool:
         atexit.register(self.close)
 
     def score_batch(self, items: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """Verdicts in the order of `items`. Never raises for an item; ValueError once closed."""
+        """Verdicts in the order of `items`, whatever an item does.
+
+        Raises RuntimeError where workers cannot start (that is no response's fault), ValueError
+        once closed.
+        """
         if self._closed:
             raise ValueError("VerifierPool is closed")
         verdicts: list[Verdict | None] = [None] * len(items)
@@ -157,47 +162,58 @@ class VerifierPool:
 
     def _feed(self, i, items, waiting, selector, verdicts) -> None:
         """Gives worker `i` its next item and watches it, if one waits."""
-        while waiting:
+        if waiting:
             item = waiting.popleft()
             if self._workers[i].process.poll() is not None:
                 self._replace(i)  # it died between items: not the next item's fault
-            if self._workers[i].send(item, *items[item]):
-                selector.register(self._workers[i].process.stdout, selectors.EVENT_READ, i)
-                return
-            self._fail(i, "crashes", "verifier process ended", None, verdicts)
+            self._workers[i].send(item, *items[item])
+            selector.register(self._workers[i].process.stdout, selectors.EVENT_READ, i)
 
     def _read(self, i, items, waiting, selector, verdicts) -> None:
         worker = self._workers[i]
         messages = worker.receive()
+        for message in messages or ():
+            if "broken" in message:
+                raise RuntimeError(f"verifier workers do not start: {message['broken']}")
+            if message.get("ready"):
+                worker.ready = True
+            elif message.get("item") != worker.item:
+                messages = None  # not what was asked: nothing from this process can be trusted
+                break
+            elif message.get("started"):
+                worker.deadline = time.monotonic() + self.timeout_s
+            else:
+                self._accept(i, message, selector, verdicts)
+                self._feed(i, items, waiting, selector, verdicts)
+                return
         if messages is None:
             worker.process.kill()
-            reason = f"verifier process crashed (exit code {worker.process.wait()})"
+            code = worker.process.wait()
+            if not worker.ready:
+                raise RuntimeError(f"a verifier worker ended as it started (exit code {code})")
+            reason = f"verifier process crashed (exit code {code})"
             self._fail(i, "crashes", reason, selector, verdicts)
             self._feed(i, items, waiting, selector, verdicts)
-            return
-        for message in messages:
-            if message.get("started"):
-                worker.deadline = time.monotonic() + self.timeout_s
-                continue
-            verdicts[worker.item] = checked(
-                Verdict(message.get("score"), str(message.get("reason", "")))
-            )
-            failure = message.get("failure")
-            if failure:
-                self.stats["memory" if failure == "memory" else "errors"] += 1
-            worker.item = None
-            selector.unregister(worker.process.stdout)
-            if failure == "memory":
-                self._replace(i)  # what it still holds is unknown
-            self._feed(i, items, waiting, selector, verdicts)
+
+    def _accept(self, i, message, selector, verdicts) -> None:
+        """Takes the verdict in `message` for the item of worker `i`."""
+        worker = self._workers[i]
+        score, reason = message.get("score"), str(message.get("reason", ""))
+        verdicts[worker.item] = checked(Verdict(score, reason))
+        worker.item = None
+        selector.unregister(worker.process.stdout)
+        failure = message.get("failure")
+        if failure:
+            self.stats["memory" if failure == "memory" else "errors"] += 1
+        if failure == "memory":
+            self._replace(i)  # what it still holds is unknown
 
     def _fail(self, i, count, reason, selector, verdicts) -> None:
         """Scores the item of worker `i` 0 and replaces the worker."""
         worker = self._workers[i]
         verdicts[worker.item] = Verdict(0.0, reason)
         self.stats[count] += 1
-        if selector is not None:
-            selector.unregister(worker.process.stdout)
+        selector.unregister(worker.process.stdout)
         self._replace(i)
 
     def _replace(self, i) -> None:

@@ -70,17 +70,22 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     module, _, function = sys.argv[1].partition(":")
-    verify = getattr(importlib.import_module(module), function)
+    try:
+        verify = getattr(importlib.import_module(module), function)
+    except BaseException as error:
+        _reply(replies, {"broken": f"{type(error).__name__}: {error}"})
+        raise
+    _reply(replies, {"ready": True})
     warm: set[str] = set()
     while (body := read_message(requests)) is not None:
-        problem, response = pickle.loads(body)
+        item, problem, response = pickle.loads(body)
         if problem.data_source not in warm:
             # The first answer pays for imports; that is not the response's fault.
             with contextlib.suppress(BaseException):
                 verify(problem, problem.answer)
             warm.add(problem.data_source)
-        _reply(replies, {"started": True})
-        _reply(replies, _score(verify, problem, response))
+        _reply(replies, {"item": item, "started": True})
+        _reply(replies, {"item": item} | _score(verify, problem, response))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,11 @@ def score(problem, response):
         for fd in range(3, 20):
             with contextlib.suppress(OSError):
                 os.write(fd, b"\xff\xff\xff\xff")
+    if response == "answer others":
+        body = b'{"item": 99, "score": 1.0}'
+        for fd in range(3, 20):
+            with contextlib.suppress(OSError):
+                os.write(fd, len(body).to_bytes(4, "little") + body)
     if response == "modules":
         return Verdict(0.0 if "jax" in sys.modules else 1.0)
     if response == "pid":

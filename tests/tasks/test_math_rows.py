@@ -61,6 +61,12 @@ def test_math_answers(answer, response, want):
     assert (verdict.reason == "") == (want == 1)
 
 
+def test_math_answers_by_a_stated_form():
+    p = Problem("p", "?", "1/2", "math__test", meta={"response_regex": "Answer: (.*)"})
+    assert score(p, "Answer: 0.5").score == 1.0
+    assert score(p, r"\boxed{0.5}").score == 0.0
+
+
 def row(i, **changes):
     base = {
         "prompt": [{"role": "user", "content": f"What is {i} + {i}?"}],

@@ -35,6 +35,7 @@ def pool():
         ("nan", "outside [0, 1]", None),
         ("big", "outside [0, 1]", None),
         ("forge", "crashed", "crashes"),
+        ("answer others", "crashed", "crashes"),
     ],
 )
 def test_a_bad_item_costs_only_itself(pool, response, reason, counter):
@@ -115,3 +116,9 @@ def test_gym_and_math_through_the_pool():
 def test_bad_limits_are_refused():
     with pytest.raises(ValueError, match="0 workers"):
         VerifierPool(0)
+
+
+def test_workers_that_cannot_start_are_an_error_not_a_zero():
+    broken = pytest.raises(RuntimeError, match="do not start: ModuleNotFoundError.*nowhere")
+    with VerifierPool(1, verifier="nowhere:score") as pool, broken:
+        pool.score_batch([(PROBLEM, "ok")])
