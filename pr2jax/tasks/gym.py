@@ -6,6 +6,7 @@ repeat: everything here is told apart by question text.
 
 import functools
 import json
+import os
 import random
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from pr2jax.tasks.base import Problem, TaskConfig, Verdict
 
 # Found with reasoning-gym 0.1.25.
 _NO_ANSWER = "its stored answer does not score 1"
+_UNSTEADY = "the same seed does not give the same problems"
 UNSOUND = {
     "boxnet": _NO_ANSWER,
     "graph_color": _NO_ANSWER,
@@ -25,8 +27,13 @@ UNSOUND = {
     "rush_hour": _NO_ANSWER,
     "game_of_life_halting": "a wrong answer scores 1",
     "prime_factorization": "its verifier raises on an answer that is no list of numbers",
-    "list_functions": "the same seed does not give the same problems",
+    "list_functions": _UNSTEADY,
+    "codeio": _UNSTEADY,
+    "knight_swap": _UNSTEADY,
 }
+# These iterate over sets of strings: their problems depend on the process's hash seed, and a
+# resumed run would train on other problems, held-out ones among them.
+HASH_SEEDED = ("isomorphic_strings", "polynomial_multiplication", "ransom_note", "word_ladder")
 _CHUNK = 512
 
 
@@ -89,6 +96,11 @@ def build(
     if name in UNSOUND and not cfg.allow_unsound:
         raise ConfigError(
             f"name: {name} is not to be trusted: {UNSOUND[name]} (allow_unsound=True to use it)"
+        )
+    if name in HASH_SEEDED and os.environ.get("PYTHONHASHSEED", "random") == "random":
+        raise ConfigError(
+            f"name: {name} gives other problems in every process; set the environment variable "
+            "PYTHONHASHSEED=0 to use it"
         )
     settings = json.dumps(cfg.settings_dict(), sort_keys=True)
     wanted = cfg.held_out + cfg.size

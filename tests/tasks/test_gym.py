@@ -1,12 +1,14 @@
 """reasoning-gym tasks: split by question text, own verifier, unsound generators refused."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from pr2jax.core.config import ConfigError
+from pr2jax.tasks import gym
 from pr2jax.tasks.base import Problem, TaskConfig, Verdict, checked
 from pr2jax.tasks.registry import build_task, score, verifier_for
 
@@ -95,6 +97,30 @@ def test_partial_credit_can_be_refused():
 def test_unsound_generators_are_refused_by_name(name):
     with pytest.raises(ConfigError, match=f"name: {name} is not to be trusted"):
         build_task(TaskConfig(name=f"reasoning_gym/{name}"))
+
+
+def test_every_process_builds_the_same_task():
+    # Some generators iterate over sets of strings, whose order is the process's own.
+    code = (
+        "from pr2jax.tasks.registry import *\n"
+        "for name in ('chain_sum', 'spell_backward'):\n"
+        "    t = build_task(TaskConfig(name=f'reasoning_gym/{name}', size=20, held_out=5))\n"
+        "    print([p.prompt for p in t.held_out + t.train])"
+    )
+    outputs = set()
+    for seed in ("0", "1"):
+        env = os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, env=env, check=True
+        )
+        outputs.add(done.stdout)
+    assert len(outputs) == 1
+
+
+def test_generators_that_follow_the_hash_seed_ask_for_one(monkeypatch):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(ConfigError, match="name: word_ladder .* PYTHONHASHSEED=0"):
+        build_task(TaskConfig(name="reasoning_gym/word_ladder"))
 
 
 def test_guard_flag_admits_them():
