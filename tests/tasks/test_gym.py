@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from pr2jax.core.config import ConfigError
-from pr2jax.tasks import gym
 from pr2jax.tasks.base import Problem, TaskConfig, Verdict, checked
 from pr2jax.tasks.registry import build_task, score, verifier_for
 
