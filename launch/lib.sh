@@ -1,7 +1,7 @@
 # Sourced by the scripts beside it: finds an interpreter and makes virtual environments.
 # shellcheck shell=bash
 
-say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
+say() { printf '==> %s\n' "$*" >&2; }
 
 die() {
   printf 'error: %s\n' "$*" >&2

@@ -14,11 +14,12 @@ import tensorstore as ts
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
+from pr2jax.core.checkpoint import Checkpointer
 from pr2jax.core.params import abstract_params
 from pr2jax.core.sharding import MeshConfig, make_mesh, param_shardings
 from pr2jax.models import logprobs
 from pr2jax.models.config import ModelConfig, MoEConfig, RopeScaling, num_moe_layers
-from pr2jax.models.importers import hf, store
+from pr2jax.models.importers import files, hf, store
 from pr2jax.models.importers.families import FAMILIES
 from pr2jax.models.importers.hf import (
     CheckpointFormatError,
@@ -389,7 +390,7 @@ def test_missing_files_are_named(tmp_path):
     save_file(tensors, shard)
     with pytest.raises(CheckpointFormatError, match=f"{shard.name}: has no {gone}, which"):
         import_checkpoint(src)
-    (src / hf.INDEX).unlink()
+    (src / files.INDEX).unlink()
     with pytest.raises(CheckpointFormatError, match=r"neither model\.safetensors nor"):
         import_checkpoint(src)
     (src / "config.json").write_text("{")
@@ -470,7 +471,11 @@ def test_command_line_there_and_back(folder, tmp_path, capsys):
     (folder / "tokenizer.json").write_text('{"a": 1}')
     assert hf.main(["import", str(folder), str(tmp_path / "ours")]) == 0
     cfg, params = load_params(tmp_path / "ours")
-    assert cfg == import_checkpoint(folder)[0]
+    assert cfg == import_checkpoint(folder)[0] == hf.read_model_config(tmp_path / "ours")
+    assert cfg == hf.read_model_config(folder)
+    assert hf.is_published(folder)
+    assert hf.is_published(tmp_path / "ours")
+    assert not hf.is_published(tmp_path)
     assert isinstance(params["embed"]["table"], ts.TensorStore)
     as_arrays = jax.tree.map(lambda a: a.read().result(), params)
     assert_same_params(as_arrays, random_params(QWEN))
@@ -495,6 +500,25 @@ def test_a_trained_predictor_is_said_to_be_left_out(folder, tmp_path, capsys):
     assert hf.main(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
     out = capsys.readouterr().out
     assert "left out: trained route predictors segment_0/block_0/moe/predictor/kernel" in out
+
+
+def test_a_training_run_is_exported(tmp_path, capsys):
+    """The best checkpoint's parameters, as the family that fits them."""
+    runs = {}
+    with Checkpointer(tmp_path / "run" / "checkpoints", best_metric="score") as checkpoints:
+        for step, score in ((1, 0.9), (2, 0.1)):
+            runs[step] = random_params(OLMOE, step)
+            extra = {"config": {"model": dataclasses.asdict(OLMOE)}}
+            state = {"params": jax.tree.map(jnp.asarray, runs[step])}
+            checkpoints.save(step, state, extra, {"score": score})
+    assert hf.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "olmoe"
+    assert_same_params(import_checkpoint(tmp_path / "out")[1], runs[1])
+    command = ["export", str(tmp_path / "run"), str(tmp_path / "no"), "--family=qwen3_moe"]
+    assert hf.main(command) == 1
+    assert "qwen3_moe cannot express qk_norm='full'" in capsys.readouterr().err
+    assert hf.main(["export", str(tmp_path / "nothing"), str(tmp_path / "no")]) == 1
+    assert str(tmp_path / "nothing") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("imported", [False, True])

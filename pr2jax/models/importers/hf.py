@@ -1,24 +1,22 @@
 """Hugging Face directories (config.json + safetensors) in and out, streamed tensor by tensor.
 
     python -m pr2jax.models.importers.hf import SRC DST [--dtype=bfloat16]
-    python -m pr2jax.models.importers.hf export SRC DST [--dtype=bfloat16]
+    python -m pr2jax.models.importers.hf export SRC DST [--dtype=bfloat16] [--family=qwen3_moe]
 
-`import` writes a folder that `init_from` reads; `export` turns such a folder back into one that
-`transformers` loads.  Nothing is read before every name and shape has been checked against the
-family's table, and nothing is left out silently: the route predictor W_p, for which the published
-formats have no place, is reported by `export`.
+`import` writes a folder that `init_from` reads; `export` turns such a folder, or a training run's,
+into one that `transformers` loads.  Nothing is read before every name and shape has been checked
+against the family's table, and nothing is left out silently: the route predictor W_p, for which
+the published formats have no place, is reported by `export`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +24,31 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from pr2jax.core.checkpoint import CheckpointError, read_checkpoint, restore_params
+from pr2jax.core.config import ConfigError, from_config_dict
+from pr2jax.core.params import abstract_params
 from pr2jax.models.config import ModelConfig, segments
-from pr2jax.models.importers import store
+from pr2jax.models.importers import files, store
 from pr2jax.models.importers.families import FAMILIES, CheckpointFormatError, Family, Row, family_of
+from pr2jax.models.importers.files import DTYPES, INDEX, SINGLE
 from pr2jax.models.transformer import param_specs
 
-__all__ = ["CheckpointFormatError", "export_checkpoint", "import_checkpoint", "load_params"]
+__all__ = [
+    "CheckpointFormatError",
+    "export_checkpoint",
+    "import_checkpoint",
+    "is_published",
+    "load_params",
+    "read_model_config",
+]
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 PREDICTOR = "moe/predictor/kernel"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MAX_SHARD_BYTES = 4 << 30
-# Kept beside imported parameters and given back on export.
+# Kept beside imported parameters, for their tokenizer and for export.
 COMPANIONS = (
+    "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -90,11 +96,11 @@ def import_checkpoint(
         misshapen; a file is missing, truncated or corrupt; dst is not empty.  Names which.
     """
     src = Path(src)
-    hf = _read_json(src / "config.json")
+    hf = files.read_json(src / "config.json")
     family = family_of(hf)
     cfg = family.read_config(hf)
     slots = _slots(cfg, family)
-    found = _inspect(src)
+    found = files.inspect(src)
     tied_head = _check(slots, found, cfg)
 
     specs = traverse_util.flatten_dict(param_specs(cfg), sep="/")
@@ -111,7 +117,7 @@ def import_checkpoint(
     else:
         sink = {p: np.zeros(s.shape, dtypes[p]) for p, s in specs.items()}
 
-    for name, array in _stream(src, found, skip=tied_head):
+    for name, array in files.stream(src, found, skip=tied_head):
         slot = slots[name]
         value = slot.row.to_here(array, slot.here).astype(dtypes[slot.path])
         if dst is None:
@@ -119,11 +125,11 @@ def import_checkpoint(
         else:
             sink[slot.path][slot.index].write(np.ascontiguousarray(value)).result()
     if tied_head:
-        _check_tied(src, found)
+        files.check_tied(src, found)
     if dst is None:
         return cfg, traverse_util.unflatten_dict(sink, sep="/")
     _copy_companions(src, dst)
-    store.finish(dst, cfg, list(specs), {"family": family.model_type, "hf_config": hf})
+    store.finish(dst, cfg, list(specs))
     return store.open_params(dst)
 
 
@@ -131,7 +137,7 @@ def export_checkpoint(
     cfg: ModelConfig,
     params: Mapping[str, Any],
     dst: str | os.PathLike,
-    family: str,
+    family: str | None = None,
     *,
     dtype: Any = None,
     base_config: Mapping[str, Any] | None = None,
@@ -141,7 +147,7 @@ def export_checkpoint(
 
     Args:
       params: tree of `param_specs(cfg)`; numpy, JAX or TensorStore arrays.
-      family: "qwen3_moe" or "olmoe".
+      family: "qwen3_moe" or "olmoe"; None: the first of them that can express `cfg`.
       dtype: of the tensors; None keeps each parameter's.
       base_config: a config.json whose other keys (token ids, lengths) are kept.
 
@@ -153,9 +159,7 @@ def export_checkpoint(
       CheckpointFormatError: the family cannot express `cfg`; a parameter is missing, extra or
         misshapen; dst is not empty.  Names which.
     """
-    if family not in FAMILIES:
-        raise CheckpointFormatError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
-    table = FAMILIES[family]
+    table = _table(cfg, family)
     config = {**_without_ours(base_config or {}), **table.write_config(cfg)}
     slots = _slots(cfg, table)
     flat = traverse_util.flatten_dict(dict(params), sep="/")
@@ -186,10 +190,25 @@ def export_checkpoint(
             total += tensors[name].nbytes
         save_file(tensors, dst / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        _write_json(dst / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(dst / "config.json", config)
+        files.write_json(dst / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    files.write_json(dst / "config.json", config)
     lost = [p for p in flat if p.endswith(PREDICTOR)]
     return [p for p in sorted(lost) if np.any(np.asarray(flat[p]))]
+
+
+def is_published(directory: str | os.PathLike) -> bool:
+    """Whether `directory` is what `load_params` reads: a Hugging Face folder or an imported one."""
+    directory = Path(directory)
+    return any((directory / n).is_file() for n in (store.MANIFEST, INDEX, SINGLE))
+
+
+def read_model_config(directory: str | os.PathLike) -> ModelConfig:
+    """The ModelConfig of such a folder, without its parameters. Raises CheckpointFormatError."""
+    directory = Path(directory)
+    if (directory / store.MANIFEST).exists():
+        return store.read_manifest(directory)["model"]
+    hf = files.read_json(directory / "config.json")
+    return family_of(hf).read_config(hf)
 
 
 def load_params(directory: str | os.PathLike, abstract: Any = None) -> tuple[ModelConfig, dict]:
@@ -208,7 +227,36 @@ def load_params(directory: str | os.PathLike, abstract: Any = None) -> tuple[Mod
     return cfg, (params if abstract is None else store.place(params, abstract))
 
 
+def _load_run(directory: Path) -> tuple[ModelConfig, dict]:
+    """(ModelConfig, parameters) of the best checkpoint of a training run.
+
+    Raises CheckpointError, or CheckpointFormatError where the checkpoint does not say its model.
+    """
+    found = [d for d in (directory / "checkpoints", directory / "rl" / "checkpoints") if d.is_dir()]
+    folder = found[0] if found else directory
+    _, extra, _ = read_checkpoint(folder)
+    try:
+        cfg = from_config_dict(ModelConfig, extra["config"]["model"], "model")
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointFormatError(f"{folder}: does not say its model: {error}") from None
+    return cfg, restore_params(folder, abstract_params(param_specs(cfg)))
+
+
 # --- What goes where
+
+
+def _table(cfg: ModelConfig, name: str | None) -> Family:
+    """The family of this name, or the first that can express `cfg`."""
+    if name is not None and name not in FAMILIES:
+        raise CheckpointFormatError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}")
+    why = []
+    for family in FAMILIES.values() if name is None else [FAMILIES[name]]:
+        try:
+            family.write_config(cfg)
+            return family
+        except CheckpointFormatError as error:
+            why.append(str(error))
+    raise CheckpointFormatError("; ".join(why))
 
 
 def _slots(cfg: ModelConfig, family: Family) -> dict[str, Slot]:
@@ -247,50 +295,7 @@ def _slots(cfg: ModelConfig, family: Family) -> dict[str, Slot]:
     return dict(ordered[key] for key in sorted(ordered))
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A tensor of a checkpoint, by its header."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
-def _inspect(src: Path) -> dict[str, Found]:
-    """Every tensor in the files of `src`, from their headers alone."""
-    index = None
-    if (src / INDEX).exists():
-        index = _read_json(src / INDEX).get("weight_map")
-        if not isinstance(index, dict):
-            raise CheckpointFormatError(f"{src / INDEX}: no weight_map")
-        files = sorted(set(index.values()))
-    elif (src / SINGLE).exists():
-        files = [SINGLE]
-    else:
-        raise CheckpointFormatError(f"{src}: neither {SINGLE} nor {INDEX}")
-    found: dict[str, Found] = {}
-    for file in files:
-        with _open(src / file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                view = tensors.get_slice(name)
-                if view.get_dtype() not in DTYPES:
-                    kinds = ", ".join(DTYPES)
-                    raise CheckpointFormatError(
-                        f"{src / file}: {name} is {view.get_dtype()}; supported are {kinds}"
-                    )
-                if name in found:
-                    raise CheckpointFormatError(
-                        f"{src}: {name} is in {found[name].file} and in {file}"
-                    )
-                kind = jnp.dtype(DTYPES[view.get_dtype()])
-                found[name] = Found(file, tuple(view.get_shape()), kind)
-    for name, file in (index or {}).items():
-        if name not in found or found[name].file != file:
-            raise CheckpointFormatError(f"{src / file}: has no {name}, which {INDEX} says it has")
-    return found
-
-
-def _check(slots: Mapping[str, Slot], found: dict[str, Found], cfg: ModelConfig) -> set[str]:
+def _check(slots: Mapping[str, Slot], found: dict[str, files.Found], cfg: ModelConfig) -> set[str]:
     """Compares names and shapes; returns the names of a tied head that is stored all the same."""
     # Old checkpoints store this buffer; it is computed here.
     for name in [n for n in found if n.endswith("rotary_emb.inv_freq")]:
@@ -310,28 +315,6 @@ def _check(slots: Mapping[str, Slot], found: dict[str, Found], cfg: ModelConfig)
                 f" means {slot.there}"
             )
     return tied
-
-
-def _stream(
-    src: Path, found: Mapping[str, Found], skip: set[str]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """All tensors, file by file."""
-    for file in sorted({f.file for f in found.values()}):
-        with _open(src / file) as tensors:
-            for name in [n for n, f in found.items() if f.file == file and n not in skip]:
-                yield name, tensors.get_tensor(name)
-
-
-def _check_tied(src: Path, found: Mapping[str, Found]) -> None:
-    """A tied head that is stored must be the embedding, or tying it would change the model."""
-    both = []
-    for name in ("lm_head.weight", "model.embed_tokens.weight"):
-        with _open(src / found[name].file) as tensors:
-            both.append(tensors.get_tensor(name))
-    if not np.array_equal(*both):
-        raise CheckpointFormatError(
-            f"{src}: tie_word_embeddings is true, and lm_head.weight is not the embedding"
-        )
 
 
 def _check_params(cfg: ModelConfig, flat: Mapping[str, Any]) -> None:
@@ -360,33 +343,6 @@ def _slice(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
 # --- Files
 
 
-@contextlib.contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            yield tensors
-    except FileNotFoundError:
-        raise CheckpointFormatError(f"{file} is missing") from None
-    except SafetensorError as error:
-        raise CheckpointFormatError(f"{file}: truncated or corrupt: {error}") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointFormatError(f"{file} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointFormatError(f"{file}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointFormatError(f"{file}: not a JSON object")
-    return value
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def _require_empty(dst: Path) -> None:
     dst.mkdir(parents=True, exist_ok=True)
     if any(dst.iterdir()):
@@ -395,7 +351,7 @@ def _require_empty(dst: Path) -> None:
 
 def _copy_companions(src: Path, dst: Path) -> None:
     for name in COMPANIONS:
-        if (src / name).exists():
+        if (src / name).exists() and not (dst / name).exists():
             shutil.copyfile(src / name, dst / name)
 
 
@@ -407,11 +363,18 @@ def _without_ours(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="pr2jax.models.importers.hf", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="pr2jax.models.importers.hf",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("command", choices=("import", "export"))
     parser.add_argument("src", type=Path)
     parser.add_argument("dst", type=Path)
     parser.add_argument("--dtype", choices=sorted(DTYPES.values()), help="default: as stored")
+    parser.add_argument(
+        "--family", choices=sorted(FAMILIES), help="of export; default: any fitting"
+    )
     options = parser.parse_args(arguments)
     dtype = None if options.dtype is None else jnp.dtype(options.dtype)
     try:
@@ -420,18 +383,16 @@ def main(arguments: list[str] | None = None) -> int:
             layers = f"{cfg.num_layers} layers of width {cfg.d_model}"
             print(f"imported {layers} into {options.dst}; route predictors start at zero")
             return 0
-        manifest = store.read_manifest(options.src)
-        cfg, params = store.open_params(options.src)
-        lost = export_checkpoint(
-            cfg,
-            params,
-            options.dst,
-            manifest["family"],
-            dtype=dtype,
-            base_config=manifest["hf_config"],
-        )
+        family, base = options.family, None
+        if (options.src / "params").is_dir():
+            cfg, params = store.open_params(options.src)
+            base = files.read_json(options.src / "config.json")
+            family = family or base["model_type"]
+        else:
+            cfg, params = _load_run(options.src)
+        lost = export_checkpoint(cfg, params, options.dst, family, dtype=dtype, base_config=base)
         _copy_companions(options.src, options.dst)
-    except CheckpointFormatError as error:
+    except (CheckpointFormatError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"exported to {options.dst}")

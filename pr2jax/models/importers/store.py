@@ -1,8 +1,8 @@
 """Parameters on disk, one TensorStore array each, written and read in slices.
 
-A folder holds `pr2jax.json` (the ModelConfig, and what else its writer wants kept) and
-`params/PATH/`, zarr3 arrays with one chunk a layer (an expert of a layer), so that neither writing
-nor a sharded read ever holds a whole model, and a notebook can open one parameter.
+A folder holds `pr2jax.json` (the ModelConfig and the parameters' paths) and `params/PATH/`, zarr3
+arrays with one chunk a layer (an expert of a layer), so that neither writing nor a sharded read
+ever holds a whole model, and a notebook can open one parameter.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def create(
     return ts.open(spec, create=True, shape=shape, dtype=kind, chunk_layout=layout).result()
 
 
-def finish(directory: Path, cfg: ModelConfig, paths: list[str], extra: dict[str, Any]) -> None:
+def finish(directory: Path, cfg: ModelConfig, paths: list[str]) -> None:
     """Writes the manifest, last and atomically: without it a folder is not a checkpoint."""
-    manifest = {"model": dataclasses.asdict(cfg), "params": sorted(paths), **extra}
+    manifest = {"model": dataclasses.asdict(cfg), "params": sorted(paths)}
     partial = directory / (MANIFEST + ".partial")
     partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, directory / MANIFEST)
