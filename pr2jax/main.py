@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from pr2jax.core.config import ConfigError, from_config_dict
 from pr2jax.core.device import setup_compilation_cache
@@ -26,6 +27,7 @@ CACHE = flags.DEFINE_string(
 
 log = logging.getLogger("pr2jax")
 
+EXIT_BAD_CONFIG = 2
 EXIT_RESUME = 75  # sysexits' EX_TEMPFAIL: saved, run the same command again
 
 
@@ -42,11 +44,39 @@ def run(config, workdir: str, profile_steps: int = 0) -> None:
     modes[config.mode](config, workdir, profile_steps)
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with an unknown configuration key told as ours are."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        found = re.search(r"'(\w+)'", str(error).replace("\\", ""))
+        near = re.search(r'Did you mean "(\w+)"', str(error))
+        key = found[1] if found else ""
+        flag = next((a for a in argv if re.search(rf"[.]{key}(\.|=|$)", a)), "")
+        dotted = flag.lstrip("-").partition("=")[0].removeprefix("config.")
+        if not key or not dotted:
+            raise
+        hint = f"; did you mean {near[1]}?" if near else ""
+        print(f"[pr2jax] ConfigError: {dotted}: unknown key {key!r}{hint}", file=sys.stderr)
+        sys.exit(EXIT_BAD_CONFIG)
+
+
+def _config():
+    """The dataclass of --config. Raises ConfigError, also where the file cannot be loaded."""
+    from pr2jax.train.config import Config
+
+    if not isinstance(CONFIG.value, ConfigDict):
+        try:
+            CONFIG.value.mode  # noqa: B018 (the flag's value raises what went wrong)
+        except Exception as error:
+            raise ConfigError(f"--config: {error}") from error
+    return from_config_dict(Config, CONFIG.value)
+
+
 def _start(argv: list[str]) -> None:
     from pr2jax.core.checkpoint import CheckpointError
     from pr2jax.core.sharding import ShardingError
     from pr2jax.tasks.rows import RowError
-    from pr2jax.train.config import Config
     from pr2jax.train.loop import Interrupted, TrainingDiverged
 
     if len(argv) > 1:
@@ -58,7 +88,7 @@ def _start(argv: list[str]) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     try:
-        config = from_config_dict(Config, CONFIG.value)
+        config = _config()
         cache = setup_compilation_cache(CACHE.value)
         log.info("compilation cache: %s", cache or "off")
         run(config, WORKDIR.value, PROFILE.value)
@@ -67,13 +97,13 @@ def _start(argv: list[str]) -> None:
         sys.exit(EXIT_RESUME)
     except (ConfigError, ShardingError, CheckpointError, RowError, TrainingDiverged) as error:
         log.error("%s: %s", type(error).__name__, error)
-        sys.exit(2)
+        sys.exit(EXIT_BAD_CONFIG)
 
 
 def main() -> None:
     """Entry point of `python -m pr2jax.main`."""
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(_start)
+    app.run(_start, flags_parser=_parse_flags)
 
 
 if __name__ == "__main__":

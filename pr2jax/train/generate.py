@@ -8,7 +8,6 @@ import logging
 from pathlib import Path
 
 from pr2jax.core.config import ConfigError
-from pr2jax.data.tokenizer import encode_prompt
 from pr2jax.tasks.base import Problem
 from pr2jax.tasks.registry import build_task
 from pr2jax.train.config import Config
@@ -58,7 +57,7 @@ def run_generate(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
 def _sample(session: Session, params, problems: list[Problem], offset: int) -> list[dict]:
     generate = session.cfg.generate
     completions = session.sampler.generate(
-        [encode_prompt(session.tokenizer, p.prompt) for p in problems],
+        [session.encode(p) for p in problems],
         generate.sampling,
         n=generate.samples,
         params=params,

@@ -21,7 +21,6 @@ from pr2jax.core.metrics import merge
 from pr2jax.core.optim import build_optimizer
 from pr2jax.core.state import TrainState, create
 from pr2jax.data.packing import BatchOrder
-from pr2jax.data.tokenizer import encode_prompt
 from pr2jax.evaluation.runner import score_rollout
 from pr2jax.models.predictor import RouterFeatures
 from pr2jax.replay.modes import plan, selection_shift
@@ -69,13 +68,7 @@ class RLTrainer:
                 f"rl_task: {len(problems)} training problems do not fill a batch of "
                 f"rl.prompts_per_batch={cfg.rl.prompts_per_batch}"
             )
-        self.prompts = [encode_prompt(session.tokenizer, p.prompt) for p in problems]
-        longest = max(range(len(problems)), key=lambda i: len(self.prompts[i]))
-        if len(self.prompts[longest]) > cfg.sampler.max_prompt:
-            raise ConfigError(
-                f"sampler.max_prompt: {cfg.sampler.max_prompt} tokens, but the prompt of problem "
-                f"{problems[longest].id} has {len(self.prompts[longest])}"
-            )
+        self.prompts = [session.encode(p) for p in problems]
         self.order = BatchOrder(len(problems), cfg.rl.prompts_per_batch, cfg.seed)
         self.optimizer = build_optimizer(cfg.rl.optim, session.specs)
         self._mini = make_mini_step(

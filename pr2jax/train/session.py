@@ -8,24 +8,33 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from pr2jax.core import rng
 from pr2jax.core.checkpoint import CheckpointError, read_checkpoint, restore_params
 from pr2jax.core.config import ConfigError, from_config_dict
 from pr2jax.core.device import resolve_dtype, versions
-from pr2jax.core.params import Tree, abstract_params, count_params, init_params
+from pr2jax.core.params import (
+    Tree,
+    abstract_params,
+    count_params,
+    init_params,
+    map_with_path,
+)
 from pr2jax.core.sharding import make_mesh, param_shardings
-from pr2jax.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+from pr2jax.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer, encode_prompt
 from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.flops import active_params
 from pr2jax.models.importers import hf
 from pr2jax.models.transformer import param_specs
 from pr2jax.sampler.engine import Sampler
+from pr2jax.tasks.base import Problem
 from pr2jax.tasks.sandbox import VerifierPool
 from pr2jax.train.config import Config, with_vocab_size
 from pr2jax.train.loop import CHECKPOINTS
@@ -80,7 +89,34 @@ class Session:
         abstract = abstract_params(self.specs, self.shardings)
         if _is_foreign(self.cfg.init_from):
             return hf.load_params(self.cfg.init_from, abstract)[1]
-        return restore_params(checkpoint_folder(self.cfg.init_from), abstract)
+        return self._restored(checkpoint_folder(self.cfg.init_from))
+
+    def _restored(self, folder: str) -> Tree:
+        """A run's parameters; a predictor that it had not starts at zero, one too many is left."""
+        saved = _saved_model(folder)
+        there = saved.moe is not None and saved.moe.predictor
+        here = self.cfg.model.moe is not None and self.cfg.model.moe.predictor
+        if there == here:
+            return restore_params(folder, abstract_params(self.specs, self.shardings))
+        specs = param_specs(saved)
+        shardings = None if self.mesh is None else param_shardings(specs, self.mesh)
+        found = restore_params(folder, abstract_params(specs, shardings))
+        flat = traverse_util.flatten_dict(found, sep="/")
+        own = init_params(self.specs, self.key("params"), self.shardings)
+        return map_with_path(lambda path, leaf: flat.get(path, leaf), own)
+
+    def encode(self, problem: Problem) -> list[int]:
+        """Token ids of a problem's prompt. Raises ConfigError naming the problem."""
+        try:
+            ids = encode_prompt(self.tokenizer, problem.prompt)
+        except ValueError as error:
+            raise ConfigError(f"tokenizer: problem {problem.id}: {error}") from None
+        if len(ids) > self.cfg.sampler.max_prompt:
+            raise ConfigError(
+                f"sampler.max_prompt: {self.cfg.sampler.max_prompt} tokens, but the prompt of "
+                f"problem {problem.id} has {len(ids)}"
+            )
+        return ids
 
     def close(self) -> None:
         """Stops the worker processes."""
@@ -107,6 +143,14 @@ def _is_foreign(path: str) -> bool:
     return Path(checkpoint_folder(path)) == Path(path) and (Path(path) / "config.json").is_file()
 
 
+def _saved_model(folder: str) -> ModelConfig:
+    """The model of a run's checkpoint. Raises CheckpointError where it does not say."""
+    _, extra, _ = read_checkpoint(folder)
+    if "config" not in extra:
+        raise CheckpointError(f"{folder}: no configuration is saved in it")
+    return from_config_dict(ModelConfig, extra["config"]["model"], "model")
+
+
 def _like_checkpoint(cfg: Config) -> Config:
     """`cfg` with the model (and tokenizer, where it is known) of `init_from`.
 
@@ -120,10 +164,8 @@ def _like_checkpoint(cfg: Config) -> Config:
             tokenizer = TokenizerConfig(kind="hf", path=cfg.init_from)
     else:
         folder = checkpoint_folder(cfg.init_from)
+        model = _saved_model(folder)
         _, extra, _ = read_checkpoint(folder)
-        if "config" not in extra:
-            raise CheckpointError(f"{folder}: no configuration is saved in it")
-        model = from_config_dict(ModelConfig, extra["config"]["model"], "model")
         tokenizer = from_config_dict(TokenizerConfig, extra["config"]["tokenizer"], "tokenizer")
     how = ("attention_impl", "remat", "scan_layers", "logprob_chunk")
     kept = {name: getattr(cfg.model, name) for name in how}
@@ -148,8 +190,10 @@ def _check_batches(cfg: Config, mesh: Mesh) -> None:
             )
 
 
-def open_session(cfg: Config, workdir: str | os.PathLike) -> Session:
-    """Builds the surroundings of a run and writes workdir/config.json.
+def open_session(
+    cfg: Config, workdir: str | os.PathLike, devices: Sequence[jax.Device] | None = None
+) -> Session:
+    """Builds the surroundings of a run on `devices` (default: all); writes workdir/config.json.
 
     Raises ConfigError or ShardingError naming the key or parameter at fault, before anything
     compiles; CheckpointError for an `init_from` that cannot be read.
@@ -159,7 +203,7 @@ def open_session(cfg: Config, workdir: str | os.PathLike) -> Session:
         cfg = _like_checkpoint(cfg)
     tokenizer = build_tokenizer(cfg.tokenizer)
     cfg = with_vocab_size(cfg, tokenizer.vocab_size)
-    mesh = make_mesh(cfg.mesh)
+    mesh = make_mesh(cfg.mesh, devices)
     if mesh.size == 1:
         mesh = None
     else:

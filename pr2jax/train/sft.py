@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from pr2jax.core.config import ConfigError
 from pr2jax.core.optim import OptimConfig, Optimizer, build_optimizer
 from pr2jax.core.sharding import batch_sharding
 from pr2jax.core.state import TrainState, all_finite, create, select_finite
@@ -69,12 +70,15 @@ def make_sft_step(
 
 
 def pack_problems(problems: list[Problem], tokenizer: Tokenizer, row_length: int) -> PackedRows:
-    """All solved problems, packed. Raises ValueError where one has no solution or is too long."""
+    """All solved problems, packed. Raises ConfigError where one does not fit."""
     unsolved = [p.id for p in problems if p.solution is None]
     if unsolved:
-        raise ValueError(f"problem {unsolved[0]} has no solution to learn from")
-    examples = [answer_example(tokenizer, p.prompt, p.solution) for p in problems]
-    rows, report = pack(examples, row_length, pad_id=tokenizer.pad_id)
+        raise ConfigError(f"sft.task: problem {unsolved[0]} has no solution to learn from")
+    try:
+        examples = [answer_example(tokenizer, p.prompt, p.solution) for p in problems]
+        rows, report = pack(examples, row_length, pad_id=tokenizer.pad_id)
+    except ValueError as error:
+        raise ConfigError(f"sft: {error} (tokenizer, or sft.row_length={row_length})") from None
     log.info(
         "SFT data: %d problems in %d rows of %d tokens, %.0f%% filled",
         report.examples,

@@ -1,0 +1,120 @@
+"""Resuming, stopping and diverging: the loop around real trainers."""
+
+import dataclasses
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from pr2jax.core.metrics import read_jsonl
+from pr2jax.tasks.registry import build_task
+from pr2jax.train.evaluator import Evaluator
+from pr2jax.train.loop import Interrupted, TrainingDiverged, run
+from pr2jax.train.rl import RLTrainer
+from pr2jax.train.session import open_session
+from pr2jax.train.sft import SFTTrainer
+from tests.train import tiny
+
+
+def _trainer(kind, session):
+    task = build_task(session.cfg.rl_task)
+    if kind == "sft":
+        return SFTTrainer(session, task.train, steps=4, evaluator=None)
+    return RLTrainer(session, task.train, Evaluator(session, task.held_out))
+
+
+def _train(session, kind, folder, stop_at=None):
+    trainer = _trainer(kind, session)
+    if stop_at is not None:
+        inner = trainer.step
+
+        def step(state, index):
+            if index + 1 == stop_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return inner(state, index)
+
+        trainer.step = step
+    return run(
+        trainer,
+        trainer.initial_state(session.initial_params()),
+        workdir=folder,
+        options=session.cfg.loop,
+        config=session.config_json,
+        best_metric="eval/pass@1",
+    )
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    with open_session(
+        tiny.config(), tmp_path_factory.mktemp("session"), jax.devices()[:1]
+    ) as session:
+        yield session
+
+
+@pytest.mark.parametrize("kind", ["sft", "rl"])
+def test_resumed_equals_never_stopped(session, kind, tmp_path):
+    whole = _train(session, kind, tmp_path / "whole")
+    with pytest.raises(Interrupted, match="stopped at step 3 of 4"):
+        _train(session, kind, tmp_path / "parts", stop_at=3)
+    resumed = _train(session, kind, tmp_path / "parts")
+    assert resumed.steps == whole.steps == 4
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
+    a, b = (read_jsonl(tmp_path / name) for name in ("whole", "parts"))
+    assert [row["step"] for row in a] == [row["step"] for row in b]
+    for key in ("loss", "grad_norm") + (("reward", "eval/pass@1") if kind == "rl" else ()):
+        assert [row.get(key) for row in a] == [row.get(key) for row in b]
+
+
+def test_a_finished_run_does_nothing_more(session, tmp_path):
+    first = _train(session, "sft", tmp_path)
+    again = _train(session, "sft", tmp_path)
+    assert again.seconds == first.seconds
+    jax.tree.map(np.testing.assert_array_equal, first.state, again.state)
+
+
+def test_non_finite_steps_are_skipped_then_stop_the_run(session, tmp_path):
+    trainer = _trainer("sft", session)
+    params = session.initial_params()
+    params["final_norm"]["scale"] = params["final_norm"]["scale"] * np.nan
+    state = trainer.initial_state(params)
+    kept = jax.tree.map(np.asarray, state.opt_state)
+    trainer.max_skipped_in_row = 3
+    with pytest.raises(TrainingDiverged, match="3 steps in a row"):
+        run(
+            trainer,
+            state,
+            workdir=tmp_path,
+            options=session.cfg.loop,
+            config=session.config_json,
+        )
+    rows = read_jsonl(tmp_path)
+    assert [row["skipped"] for row in rows] == [1.0, 1.0, 1.0]
+    trainer.steps = 3  # the checkpoint it left can be read, and holds what was before
+    left = run(
+        trainer,
+        trainer.initial_state(session.initial_params()),
+        workdir=tmp_path,
+        options=session.cfg.loop,
+        config=session.config_json,
+    )
+    assert int(left.state.skipped) == 3
+    jax.tree.map(np.testing.assert_array_equal, left.state.opt_state, kept)
+
+
+def test_wall_time_budget_stops_early(session, tmp_path):
+    trainer = _trainer("sft", session)
+    trainer.steps = 10**6
+    outcome = run(
+        trainer,
+        trainer.initial_state(session.initial_params()),
+        workdir=tmp_path,
+        options=dataclasses.replace(session.cfg.loop, checkpoint_every=0),
+        config=session.config_json,
+        max_seconds=0.2,
+        start=7,
+    )
+    assert 7 < outcome.steps < 10**6
+    assert outcome.seconds >= 0.2
