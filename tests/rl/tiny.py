@@ -16,12 +16,11 @@ ROWS, LENGTH, PROMPT = 8, 10, 3
 MODEL = ModelConfig(
     vocab_size=13,
     d_model=16,
-    num_layers=3,
+    num_layers=2,
     num_heads=2,
     num_kv_heads=1,
     head_dim=8,
     dense_dim=16,
-    first_dense=1,
     moe=MoEConfig(num_experts=8, top_k=2, expert_dim=16),
 )
 L, E, K, D = 2, 8, 2, 16
@@ -100,6 +99,11 @@ def as_behavior(batch, scores, keep_routes=True):
         routes=np.asarray(scores.routes) if keep_routes else None,
         features=scores.features,
     )
+
+
+def fast(fn):
+    """Jitted with little optimisation: these tests compile far longer than they run."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def rl_config(**settings):
