@@ -49,9 +49,11 @@ class TaskConfig:
         target.
     question_regex: what the model sees of the question is group 1 of its first match; empty
         leaves the question whole. The verifier always works on the whole.
+    lowercase: put question and solution in lower case (a smaller alphabet for small models; for
+        verifiers that ignore case).
     response_regex: the answer is group 1 of its last match in the response (no match: score 0);
         empty takes the whole response, or for math the last \\boxed{}.
-    partial_credit: False turns every score below 1 into 0.
+    partial_credit: in [0, 1]: what a score below 1 is multiplied by; 0 makes it all or nothing.
     allow_unsound: True admits generators whose verifier is known to be wrong.
     max_bad_share: rows: share of malformed rows above which reading stops.
     """
@@ -64,8 +66,9 @@ class TaskConfig:
     prompt_template: str = "{question}\n"
     answer_template: str = "{answer}"
     question_regex: str = ""
+    lowercase: bool = False
     response_regex: str = ""
-    partial_credit: bool = True
+    partial_credit: float = 1.0
     allow_unsound: bool = False
     max_bad_share: float = 0.01
 
@@ -93,8 +96,9 @@ class TaskConfig:
                 raise ConfigError(f"{key}: not a regular expression ({error})") from None
             if getattr(self, key) and pattern.groups < 1:
                 raise ConfigError(f"{key}: {getattr(self, key)!r} has no group to take")
-        if not 0.0 <= self.max_bad_share <= 1.0:
-            raise ConfigError(f"max_bad_share: {self.max_bad_share} is not in [0, 1]")
+        for key in ("max_bad_share", "partial_credit"):
+            if not 0.0 <= getattr(self, key) <= 1.0:
+                raise ConfigError(f"{key}: {getattr(self, key)} is not in [0, 1]")
 
     def settings_dict(self) -> dict[str, Any]:
         """`settings` parsed. Raises ConfigError if it is not a JSON object."""
@@ -150,12 +154,15 @@ def finish_problem(
                 f"question_regex: {cfg.question_regex!r} finds nothing in {question[:200]!r}"
             )
         shown = match.group(1)
+    target = answer
+    if cfg.lowercase:
+        shown, target = shown.lower(), answer.lower()
     return Problem(
         id=ident,
         prompt=render_prompt(cfg.prompt_template, shown),
         answer=answer,
         data_source=data_source,
-        solution=render(cfg.answer_template, answer=answer),
+        solution=render(cfg.answer_template, answer=target),
         meta={
             "question": question,
             "shown": shown,
@@ -184,8 +191,8 @@ def explain(score: float, answer: str, response: str) -> str:
 
 
 def credit(problem: Problem, score: float) -> float:
-    """`score`, or all or nothing where the problem gives no partial credit."""
-    return score if problem.meta.get("partial_credit", True) or score >= 1.0 else 0.0
+    """`score`; below 1 it counts as much as the problem gives partial credit."""
+    return score if score >= 1.0 else score * problem.meta.get("partial_credit", 1.0)
 
 
 def question_keys(problem: Problem) -> tuple[str, str]:

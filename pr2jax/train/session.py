@@ -42,7 +42,7 @@ from pr2jax.train.loop import CHECKPOINTS
 log = logging.getLogger("pr2jax")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Session:
     """A run's fixed surroundings. `mesh` is None on one device."""
 

@@ -1,5 +1,6 @@
 """reasoning-gym tasks: split by question text, own verifier, unsound generators refused."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -81,15 +82,30 @@ def test_prompt_target_and_score():
         assert task.score(problem, str(value)) == Verdict(0.0, "no answer in the expected form")
 
 
-def test_partial_credit_can_be_refused():
+def test_partial_credit_can_be_scaled_or_refused():
     name = "reasoning_gym/letter_counting"
     cfg = TaskConfig(name=name, size=3, held_out=0)
-    strict = TaskConfig(name=name, size=3, held_out=0, partial_credit=False)
-    for some, none in zip(build_task(cfg).train, build_task(strict).train, strict=True):
+    half = TaskConfig(name=name, size=3, held_out=0, partial_credit=0.5)
+    strict = TaskConfig(name=name, size=3, held_out=0, partial_credit=0.0)
+    tasks = (build_task(c).train for c in (cfg, half, strict))
+    for some, less, none in zip(*tasks, strict=True):
         wordy = f"it is {some.answer}"
         assert 0.0 < score(some, wordy).score < 1.0
+        assert score(less, wordy).score == 0.5 * score(some, wordy).score
+        assert score(less, less.answer).score == 1.0
         assert score(none, wordy).score == 0.0
         assert score(none, none.answer).score == 1.0
+
+
+def test_lowercase_is_what_the_model_reads_and_learns():
+    cfg = TaskConfig(name="reasoning_gym/spell_backward", size=200, held_out=0)
+    plain = build_task(cfg).train
+    lower = build_task(dataclasses.replace(cfg, lowercase=True)).train
+    assert any(p.solution != p.solution.lower() for p in plain)
+    for problem, small in zip(plain, lower, strict=True):
+        assert small.prompt == problem.prompt.lower()
+        assert small.solution == problem.solution.lower()
+        assert score(small, small.solution).score == 1.0
 
 
 @pytest.mark.parametrize("name", ["boxnet", "game_of_life_halting", "list_functions"])

@@ -1,6 +1,8 @@
 """Resuming, stopping and diverging: the loop around real trainers."""
 
+import copy
 import dataclasses
+import functools
 import os
 import signal
 
@@ -18,11 +20,17 @@ from pr2jax.train.sft import SFTTrainer
 from tests.train import tiny
 
 
-def _trainer(kind, session):
+@functools.cache
+def _compiled(kind, session):
     task = build_task(session.cfg.rl_task)
     if kind == "sft":
         return SFTTrainer(session, task.train, steps=4, evaluator=None)
     return RLTrainer(session, task.train, Evaluator(session, task.held_out))
+
+
+def _trainer(kind, session):
+    """A trainer to change at will; its programs are compiled once for the module."""
+    return copy.copy(_compiled(kind, session))
 
 
 def _train(session, kind, folder, stop_at=None):

@@ -22,7 +22,7 @@ def config(**changes) -> Config:
         held_out=8,
         question_regex=r": (.* =)$",
         prompt_template="{question} ",
-        partial_credit=False,
+        partial_credit=0.0,
     )
     sampling = SamplingParams(max_tokens=4)
     cfg = Config(
