@@ -138,8 +138,8 @@ def test_gradient_against_finite_differences(world, sgd):
         return total + 0.01 * z.mean()
 
     np.testing.assert_allclose(value(metrics, "loss"), loss(0.0), rtol=1e-5)
-    eps = 1e-3
-    np.testing.assert_allclose(own, (loss(eps) - loss(-eps)) / (2 * eps), rtol=2e-3)
+    eps = 3e-4  # larger crosses the kinks of the clip, smaller drowns in fp32
+    np.testing.assert_allclose(own, (loss(eps) - loss(-eps)) / (2 * eps), rtol=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["r3", "pr2"])
