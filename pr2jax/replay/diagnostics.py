@@ -1,7 +1,6 @@
-"""What replay did, as pure functions. A metric is an unreduced pair (sum, weight).
+"""What replay did, as pure functions to metrics: unreduced pairs (sum, weight).
 
-Extremes do not add: names that end in `_max` or `_min` are the extreme itself with weight 1 and
-are reduced by max or min (see `EXTREMES`) across micro-batches.
+A name that ends in `_max` holds (extreme, 1); `core.metrics.merge` joins parts of a batch.
 """
 
 from __future__ import annotations
@@ -11,25 +10,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pr2jax.core.metrics import Metrics
 from pr2jax.models.router import agreement as overlap
 from pr2jax.models.transformer import RouterOutput
-
-Metrics = dict[str, tuple[Array, Array]]
-
-# How names with these endings reduce; all others are (sum, weight).
-EXTREMES = {"_max": jnp.maximum, "_min": jnp.minimum}
-
-
-def combine(a: Metrics, b: Metrics) -> Metrics:
-    """Metrics of two disjoint parts of a batch: sums add, extremes take the extreme."""
-    out = {}
-    for name in a:
-        reduce = next((f for end, f in EXTREMES.items() if name.endswith(end)), None)
-        if reduce is None:
-            out[name] = (a[name][0] + b[name][0], a[name][1] + b[name][1])
-        else:
-            out[name] = (reduce(a[name][0], b[name][0]), jnp.maximum(a[name][1], b[name][1]))
-    return out
 
 
 def _mean(values: Array, mask: Array) -> tuple[Array, Array]:

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from pr2jax.core.config import ConfigError
+from pr2jax.core.metrics import Metrics, merge
 from pr2jax.core.optim import Optimizer
 from pr2jax.core.params import Tree, map_with_path
 from pr2jax.core.state import TrainState, all_finite, select_finite
@@ -40,8 +41,6 @@ from pr2jax.models.transformer import (
     selection_biases,
 )
 from pr2jax.replay.diagnostics import (
-    Metrics,
-    combine,
     flip_diagnostics,
     mismatch,
     replay_diagnostics,
@@ -63,7 +62,7 @@ MiniStep = Callable[[TrainState, LearnerBatch, Bool[Array, ""] | bool], tuple[Tr
 
 @struct.dataclass
 class _Sums:
-    """What adds up over micro-batches. `metrics` combines by kind."""
+    """What adds up over micro-batches. `metrics` merge by kind."""
 
     grads: Tree
     loss: Float[Array, ""]
@@ -93,17 +92,7 @@ class _Step:
 
 def _add(a: _Sums, b: _Sums) -> _Sums:
     total = jax.tree.map(jnp.add, a.replace(metrics={}), b.replace(metrics={}))
-    return total.replace(metrics=combine(a.metrics, b.metrics))
-
-
-def _zero(like: _Sums) -> _Sums:
-    """The neutral element of `_add`."""
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    for name in like.metrics:
-        if name.endswith(("_max", "_min")):
-            worst = -jnp.inf if name.endswith("_max") else jnp.inf
-            zeros.metrics[name] = (jnp.float32(worst), jnp.float32(0.0))
-    return zeros
+    return total.replace(metrics=merge(a.metrics, b.metrics))
 
 
 def _places(features: RouterFeatures) -> Int[Array, "B C"]:
@@ -263,7 +252,7 @@ def accumulate(params: Tree, batch: LearnerBatch, step: _Step) -> _Sums:
         return micro(0)
     # Fillers stand last: a loop with a traced bound does no work for micro-batches of them.
     used = jnp.sum(real > 0)
-    zero = _zero(jax.eval_shape(micro, 0))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, 0))
     return jax.lax.fori_loop(0, used, lambda i, total: _add(total, micro(i)), zero)
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pr2jax.core.metrics import merge
 from pr2jax.models.transformer import RouterOutput
 from pr2jax.replay import diagnostics as d
 
@@ -79,7 +80,7 @@ def test_shift_ratio():
     np.testing.assert_allclose(value(got["shift_ratio/layer_1"]), np.mean(want), rtol=1e-5)
 
 
-def test_mismatch_and_combine():
+def test_mismatch_merges():
     rng = np.random.default_rng(3)
     a = -rng.random((B, T)).astype(np.float32)
     b = a + 0.1 * rng.normal(size=a.shape).astype(np.float32)
@@ -93,6 +94,6 @@ def test_mismatch_and_combine():
     k3 = np.mean(np.exp(delta) - 1 - delta)
     np.testing.assert_allclose(value(whole["k3"]), k3, rtol=1e-4)
     parts = [d.mismatch(a[i : i + 1], b[i : i + 1], mask[i : i + 1]) for i in range(B)]
-    joined = d.combine(*parts)
+    joined = merge(*parts)
     for name, pair in whole.items():
         np.testing.assert_allclose(value(joined[name]), value(pair), rtol=1e-5)
