@@ -208,7 +208,11 @@ def _predictor_terms(params: Tree, batch: LearnerBatch, logits_now: Array, step:
 def _flips(
     params: Tree, batch: LearnerBatch, router: RouterOutput, logits_now: Array, step: _Step
 ) -> Metrics:
-    """The un-shifted old route against the live one, by the router's own selection rule."""
+    """The un-shifted old route against the live one, by the router's own selection rule.
+
+    Features hold logits, not selection biases: a bias that moved since (`bias_update_rate`)
+    counts on both sides.
+    """
     biases = selection_biases(params, step.model)
     choose = functools.partial(select, cfg=step.model.moe)
     if biases is None:

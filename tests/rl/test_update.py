@@ -10,9 +10,11 @@ import pytest
 from pr2jax.core.config import ConfigError
 from pr2jax.core.optim import ParamGroup
 from pr2jax.core.params import map_with_path
-from pr2jax.models.transformer import Record, forward
+from pr2jax.core.sharding import MeshConfig, make_mesh, param_shardings
+from pr2jax.core.state import create
+from pr2jax.models.transformer import Record, forward, param_specs
 from pr2jax.replay.modes import ReplayConfig, plan, selection_shift
-from pr2jax.rl.batch import split_micro, take_rows
+from pr2jax.rl.batch import put_batch, split_micro, take_rows
 from pr2jax.rl.update import make_mini_step
 from tests.rl import tiny
 from tests.rl.tiny import MODEL, K, leaves, value
@@ -66,9 +68,10 @@ def with_fillers(batch):
 
 
 def moved(params, size, seed=7):
-    """The parameters after a step of someone else: every leaf but W_p perturbed."""
+    """The parameters after a step of someone else: all that learns but W_p perturbed."""
     rng = np.random.default_rng(seed)
-    push = lambda p, x: x if "predictor" in p else x + size * rng.normal(size=x.shape)
+    stands = lambda p: "predictor" in p or "selection_bias" in p
+    push = lambda p, x: x if stands(p) else x + size * rng.normal(size=x.shape)
     return map_with_path(lambda p, x: jnp.asarray(push(p, x), jnp.float32), params)
 
 
@@ -313,24 +316,50 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(world, pr2_step, broke
         assert (int(after.skipped), int(after.skipped_in_row), int(after.step)) == (1, 0, 1)
 
 
-def test_selection_bias_moves_by_load_alone():
+def test_selection_bias():
+    """It moves by the experts' load alone, and the flips are measured by the rule that has it."""
     moe = dataclasses.replace(MODEL.moe, score="sigmoid", selection_bias=True)
     model = dataclasses.replace(MODEL, moe=moe)
     params = tiny.make_params(model)
     optimizer = tiny.make_optimizer(params, weight_decay=0.5, no_decay="^$")
     batch = tiny.blank_batch()
-    scores = tiny.score(params, batch, scorer=tiny.make_scorer(model, temperature=1.0))
+    scorer = tiny.make_scorer(model, temperature=1.0)
+    scores = tiny.score(params, batch, tiny.response_places(batch), scorer=scorer)
     batch = tiny.as_behavior(batch, scores)
-    state = tiny.make_state(params, optimizer)
+    state = tiny.make_state(moved(params, 0.1), optimizer)
     step = build(optimizer, R3, model, bias_update_rate=0.01, micro_batch=4)
-    after, _ = step(state, split_micro(batch, 4), False)
+    after, metrics = step(state, split_micro(batch, 4), False)
     real = np.asarray(batch.segment_ids) > 0
-    (old,) = leaves(params, "selection_bias").values()
+    (old,) = leaves(state.params, "selection_bias").values()
     (new,) = leaves(after.params, "selection_bias").values()
     for layer in range(tiny.L):
         load = np.bincount(batch.routes[layer][real].ravel(), minlength=tiny.E)
         want = old[layer] + 0.01 * np.sign(load.mean() - load)
         np.testing.assert_allclose(new[layer], want, rtol=1e-6)
+    # r3's log is the un-shifted old route, so both ways of measuring it must agree.
+    used, unshifted = (value(metrics, f"{k}_zero_deviation") for k in ("paired", "old_route"))
+    assert used == unshifted == value(metrics, "zero_deviation") < 1.0
+
+
+@pytest.mark.slow
+def test_sharded_step_is_the_local_step(world):
+    """Four devices (data 2 x fsdp 2) against one, by SGD at rate 1."""
+    params, _, batch = world
+    optimizer = tiny.make_optimizer(params, optimizer="sgd", learning_rate=1.0, clip_norm=None)
+    start = moved(params, 0.02)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    shardings = param_shardings(param_specs(MODEL), mesh)
+    results = []
+    for where, tree in ((None, start), (mesh, jax.device_put(start, shardings))):
+        cfg = tiny.rl_config(micro_batch=4)
+        step = make_mini_step(MODEL, cfg, PR2, optimizer, mesh=where, donate=False)
+        split = put_batch(split_micro(batch, 4), where)
+        results.append(step(create(tree, optimizer), split, True))
+    (local, metrics), (sharded, others) = results
+    for path, x in leaves(local.params).items():
+        np.testing.assert_allclose(leaves(sharded.params)[path], x, atol=5e-6, err_msg=path)
+    for name in metrics:
+        np.testing.assert_allclose(value(others, name), value(metrics, name), rtol=1e-4, atol=2e-6)
 
 
 def test_what_a_mode_needs_is_asked_for(world):
