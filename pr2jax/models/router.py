@@ -64,16 +64,27 @@ def gather_experts(values: Float[Array, "... E"], ids: Int[Array, "... K"]):
     return jnp.sum(jnp.where(onehot, values[..., None, :], 0.0), axis=-1)
 
 
+def _normalised(logits: Float[Array, "... E"], cfg: MoEConfig) -> Float[Array, "... E"]:
+    """Scores over their sum, as a softmax of log-scores.
+
+    A forced expert may have drifted to a score of 1e-22; dividing by such a sum is finite, but
+    its gradient divides by the square, which underflows to 0.
+    """
+    log_scores = logits if cfg.score == "softmax" else jax.nn.log_sigmoid(logits)
+    return jax.nn.softmax(log_scores, axis=-1)
+
+
 def gates(
     logits: Float[Array, "... E"], ids: Int[Array, "... K"], cfg: MoEConfig
 ) -> Float[Array, "... K"]:
-    """The weight of each used expert, from dense un-shifted logits (PR2, Section 3)."""
-    if cfg.normalize == "pre":
-        chosen = jax.nn.softmax(gather_experts(logits, ids), axis=-1)
-    else:
+    """The weight of each used expert, from dense un-shifted logits (PR2, Section 3).
+
+    For softmax scores, normalising before or after the choice is the same function.
+    """
+    if cfg.normalize == "none":
         chosen = gather_experts(scores(logits, cfg), ids)
-        if cfg.normalize == "post":
-            chosen = chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + 1e-20)
+    else:
+        chosen = _normalised(gather_experts(logits, ids), cfg)
     return chosen * cfg.routed_scaling
 
 
@@ -106,9 +117,7 @@ def router_stats(
     tokens = jnp.maximum(real.sum(), 1.0)
     onehot = jnp.sum(ids[..., None] == jnp.arange(cfg.num_experts), axis=-2)
     load = jnp.einsum("bte,bt->e", onehot.astype(jnp.float32), real)
-    prob = scores(logits, cfg)
-    prob = prob / (prob.sum(-1, keepdims=True) + 1e-20)
-    mean_prob = jnp.einsum("bte,bt->e", prob, real) / tokens
+    mean_prob = jnp.einsum("bte,bt->e", _normalised(logits, cfg), real) / tokens
     balance = cfg.num_experts * jnp.sum(load / (tokens * cfg.top_k) * mean_prob)
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * real) / tokens
     return balance, z, load

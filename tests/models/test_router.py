@@ -47,7 +47,9 @@ def test_bias_moves_selection_and_no_gate():
     ids = router.select(LOGITS, bias, cfg)
     assert (np.asarray(ids[:, 0]) == 7).all()
     weights = router.gates(LOGITS, ids, cfg)
-    expected = [oracle.gates(np.float64(x), np.asarray(i), cfg) for x, i in zip(LOGITS, ids)]
+    expected = [
+        oracle.gates(np.float64(x), np.asarray(i), cfg) for x, i in zip(LOGITS, ids, strict=True)
+    ]
     np.testing.assert_allclose(weights, expected, rtol=1e-5)
     # The bias is no trained parameter: nothing flows to it.
     through = lambda b: jnp.sum(router.selection_scores(jnp.asarray(LOGITS), b, cfg))
@@ -93,6 +95,21 @@ def test_gate_gradient_reaches_forced_drifted_experts(name):
             z = np.float64(LOGITS[n])
             fd = (at(z + step) - at(z - step)) / 2e-5
             np.testing.assert_allclose(grad[n, e], fd, rtol=2e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["post", "pre", "sigmoid"])
+def test_forced_experts_of_vanishing_score_have_finite_gradients(name):
+    cfg = FAMILIES[name]
+    logits = np.zeros((1, E), np.float32)
+    logits[0, :K] = [-60.0, -61.0, -90.0]  # softmax and sigmoid scores about 1e-26
+    forced = np.arange(K)[None]
+    weights = router.gates(logits, forced, cfg)
+    np.testing.assert_allclose(
+        weights[0], oracle.gates(np.float64(logits[0]), forced[0], cfg), 1e-5
+    )
+    grad = jax.grad(lambda z: router.gates(z, forced, cfg)[0, 0])(jnp.asarray(logits))[0]
+    g = np.exp(-1) / (1 + np.exp(-1)) ** 2 * cfg.routed_scaling  # d sigmoid at a distance of 1
+    np.testing.assert_allclose(grad[:3], [g, -g, 0], rtol=1e-4, atol=1e-9)
 
 
 def test_agreement_and_margin():
