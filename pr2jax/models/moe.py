@@ -75,6 +75,11 @@ def moe_specs(cfg: ModelConfig, repeats: int) -> dict:
     return specs
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Devices that the rows of a batch are split over."""
+    return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
 def dispatch(
     x: Float[Array, "B T D"],
     weights: ExpertWeights,
@@ -83,7 +88,10 @@ def dispatch(
     moe: MoEConfig,
     options: MoEOptions,
 ) -> Float[Array, "B T D"]:
-    """Sends tokens to their experts and combines in fp32, each data shard its own tokens."""
+    """Sends tokens to their experts and combines in fp32, each data shard its own tokens.
+
+    Rows that the mesh does not divide (a small prefill) are computed whole on every device.
+    """
     impl = BY_PLATFORM[options.platform] if moe.impl == "auto" else moe.impl
 
     def local(x, weights, gates, ids):
@@ -92,7 +100,7 @@ def dispatch(
         return y.reshape(x.shape)
 
     mesh = options.mesh
-    if mesh is None or math.prod(mesh.shape[a] for a in BATCH_AXES) == 1:
+    if mesh is None or batch_shards(mesh) == 1 or x.shape[0] % batch_shards(mesh):
         return local(x, weights, gates, ids)
     rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
     return jax.shard_map(

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pr2jax.core.params import ParamSpec, fan_in, normal, ones
+from pr2jax.core.sharding import batch_sharding
 from pr2jax.models.attention import (
     attention,
     attention_specs,
@@ -27,7 +28,14 @@ from pr2jax.models.attention import (
 from pr2jax.models.cache import Cache
 from pr2jax.models.config import ModelConfig, Segment, num_moe_layers, segments
 from pr2jax.models.layers import rms_norm, rope_tables, swiglu
-from pr2jax.models.moe import MoEOptions, Record, moe_layer, moe_specs, swiglu_specs
+from pr2jax.models.moe import (
+    MoEOptions,
+    Record,
+    batch_shards,
+    moe_layer,
+    moe_specs,
+    swiglu_specs,
+)
 
 __all__ = [
     "ForwardOutput",
@@ -176,6 +184,13 @@ def _block(params, x, cache, layer, routes, shift, *, spec, cfg, shared):
         return x + y, cache, taps
 
 
+def _split_rows(x: Float[Array, "B T D"], mesh: Mesh | None):
+    """Lays the residual stream out by rows; else it would take the embedding table's layout."""
+    if mesh is None or x.shape[0] % batch_shards(mesh):
+        return x
+    return lax.with_sharding_constraint(x, batch_sharding(mesh, x.ndim))
+
+
 def _rematerialise(fn, mode: str):
     if mode == "none":
         return fn
@@ -282,7 +297,7 @@ def forward(
         "options": MoEOptions(record, diagnostics, stats, mesh, platform),
     }
     unroll = (not cfg.scan_layers) if unroll is None else unroll
-    x = params["embed"]["table"][tokens].astype(dtype)
+    x = _split_rows(params["embed"]["table"][tokens].astype(dtype), mesh)
     taps = []
     for i, segment in enumerate(stack):
         own = lambda a: (
