@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pr2jax.core import rng
-from pr2jax.core.params import init_params
 from pr2jax.models import cache as cache_lib
 from pr2jax.models.attention import (
     attention,
@@ -52,14 +50,12 @@ def test_masks_by_definition(window):
     assert packed.any(-1).all()  # no empty softmax, padding included
 
 
-@pytest.mark.parametrize("name,window", [(n, w) for n, w in zip(KINDS, (0, 3, 0, 2))])
+@pytest.mark.parametrize("name,window", [(n, w) for n, w in zip(KINDS, (0, 3, 0, 2), strict=True)])
 def test_layer_against_float64(name, window):
     cfg = KINDS[name]
-    params = init_params(attention_specs(cfg, 1), rng.root(0))
     noise = np.random.default_rng(0)
-    # Zero biases and unit scales would hide a mistake in them.
-    params = jax.tree.map(lambda a: a[0] + 0.3 * noise.normal(size=a.shape[1:]), params)
-    params = jax.tree.map(jnp.float32, params)
+    draw = lambda spec: jnp.float32(0.3 * noise.normal(size=spec.shape[1:]))
+    params = jax.tree.map(draw, attention_specs(cfg, 1))
     x = noise.normal(size=(B, T, cfg.d_model)).astype(np.float32)
 
     def run(params, x):
@@ -95,7 +91,11 @@ def test_cache_writes_land_at_their_positions_only():
     positions = np.array([[1, 2], [5, 6]])  # the last lies outside and is dropped
     out = np.asarray(cache_lib.write(cache.k, 1, jnp.asarray(positions), values))
     expected = np.zeros((3, 2, 6, 2, 6), np.float32)
-    expected[1, 0, 1], expected[1, 0, 2], expected[1, 1, 5] = values[0, 0], values[0, 1], values[1, 0]
+    expected[1, 0, 1], expected[1, 0, 2], expected[1, 1, 5] = (
+        values[0, 0],
+        values[0, 1],
+        values[1, 0],
+    )
     np.testing.assert_array_equal(out, expected)
 
 

@@ -1,0 +1,49 @@
+"""How many parameters a model has and uses, and how many operations a forward takes."""
+
+from __future__ import annotations
+
+from pr2jax.core.params import count_params, map_with_path
+from pr2jax.models.config import ModelConfig, block_specs
+from pr2jax.models.transformer import param_specs
+
+
+def total_params(cfg: ModelConfig) -> int:
+    """Scalars in the parameter tree: embeddings and route predictors included."""
+    return count_params(param_specs(cfg))
+
+
+def active_params(cfg: ModelConfig) -> int:
+    """Scalars that one token's forward may touch: of the routed experts, top_k of num_experts."""
+    sizes: list[int] = []
+
+    def count(path, spec):
+        size = count_params(spec)
+        if "/moe/experts/" in path:
+            size = size // cfg.moe.num_experts * cfg.moe.top_k
+        sizes.append(size)
+
+    map_with_path(count, param_specs(cfg))
+    return sum(sizes)
+
+
+def forward_flops(cfg: ModelConfig, tokens: int, context: float) -> float:
+    """Floating-point operations of a forward over `tokens` tokens, LM head included.
+
+    Two for each multiply-add of the matrix products; norms, softmaxes and look-ups are left out.
+    `context` is the mean number of positions a token attends to (about T / 2 for a causal row of
+    T tokens); sliding windows cap it. A training step takes three times as many (Kaplan et al.
+    2020, Section 2.1), without rematerialisation.
+    """
+    d, width = cfg.d_model, cfg.num_heads * cfg.head_dim
+    projections = 2 * d * (2 * width + 2 * cfg.num_kv_heads * cfg.head_dim)
+    per_token: float = 2 * d * cfg.vocab_size
+    for block in block_specs(cfg):
+        seen = min(context, block.window) if block.window else context
+        per_token += projections + 4 * width * seen
+        if block.moe:
+            moe = cfg.moe
+            per_token += 2 * d * moe.num_experts
+            per_token += 6 * d * (moe.top_k * moe.expert_dim + moe.shared_dim)
+        else:
+            per_token += 6 * d * cfg.dense_dim
+    return tokens * per_token
