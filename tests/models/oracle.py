@@ -170,9 +170,7 @@ def forward(params, tokens, positions, segment_ids, cfg, routes=None, shift=None
 
 def logprobs(params, hidden, targets, cfg, temperature=1.0):
     """(log-probs, entropies) [B, T] of `targets` given float64 hidden states."""
-    head = (
-        params["embed"]["table"].T if cfg.tie_embeddings else params["lm_head"]["kernel"]
-    )
+    head = params["embed"]["table"].T if cfg.tie_embeddings else params["lm_head"]["kernel"]
     p = softmax(np.asarray(hidden, np.float64) @ np.asarray(head, np.float64) / temperature)
     logp = np.log(p)
     hit = np.take_along_axis(logp, np.asarray(targets)[..., None], -1)[..., 0]

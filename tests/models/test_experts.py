@@ -182,4 +182,10 @@ def test_block_size_follows_the_load():
 
 def test_unknown_implementation_is_named():
     with pytest.raises(ValueError, match="impl: 'fast' is not one of blocks"):
-        apply_experts(jnp.ones((1, D)), make(LOADS["even"])["weights"], None, jnp.zeros((1, 1), int), impl="fast")
+        apply_experts(
+            jnp.ones((1, D)),
+            make(LOADS["even"])["weights"],
+            None,
+            jnp.zeros((1, 1), int),
+            impl="fast",
+        )
