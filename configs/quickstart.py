@@ -1,6 +1,10 @@
-"""First light: a small Mixture-of-Experts learns arithmetic by GRPO with routing replay.
+"""First light: a small Mixture-of-Experts learns to spell backwards by GRPO with routing replay.
 
-python -m pr2jax.main --config=configs/quickstart.py --workdir=/tmp/pr2jax_quickstart
+  python -m pr2jax.main --config=configs/quickstart.py --workdir=/tmp/pr2jax_quickstart
+
+It is warmed up by SFT on short words (3 to 5 letters, solved), then learns longer ones (5 to 7
+letters) by GRPO + PR2 from the verifier alone, and is compared with SFT continued on short words
+for the same wall time. `:smoke` runs two steps of each.
 """
 
 import json
@@ -16,34 +20,26 @@ from pr2jax.tasks.base import TaskConfig
 from pr2jax.train.config import Config, EvalConfig, LoopConfig, SFTConfig
 
 
-def task(size: int, held_out: int, seed: int, **settings) -> TaskConfig:
-    """Sums put compactly: "12 + 7 =" instead of a sentence around it."""
+def _words(shortest: int, longest: int, size: int, held_out: int, seed: int) -> TaskConfig:
+    """Put compactly: "chess>" instead of a sentence around the word."""
     return TaskConfig(
-        name="reasoning_gym/chain_sum",
-        settings=json.dumps(settings),
+        name="reasoning_gym/spell_backward",
+        settings=json.dumps({"min_word_len": shortest, "max_word_len": longest}),
         size=size,
         held_out=held_out,
         seed=seed,
-        question_regex=r": (.* =)$",
-        prompt_template="{question} ",
-        partial_credit=False,
+        question_regex=r"example: \w+ -> \w+\): (\w+)$",
+        prompt_template="{question}>",
+        lowercase=True,
+        # A letter in its right place is worth something, the whole word much more.
+        partial_credit=0.2,
     )
 
 
 def get_config(arg: str = ""):
     """`arg`: "" or "smoke"."""
     smoke = arg == "smoke"
-    easy = task(64 if smoke else 4000, 0, 1, min_terms=2, max_terms=2, min_digits=1, max_digits=2)
-    hard = task(
-        64 if smoke else 4000,
-        16 if smoke else 200,
-        2,
-        min_terms=3,
-        max_terms=3,
-        min_digits=1,
-        max_digits=1,
-    )
-    sampling = SamplingParams(max_tokens=8)
+    sampling = SamplingParams(max_tokens=9)
     cfg = Config(
         mode="sft_then_rl",
         model=ModelConfig(
@@ -51,46 +47,55 @@ def get_config(arg: str = ""):
             d_model=128,
             num_layers=4,
             num_heads=4,
-            num_kv_heads=2,
+            num_kv_heads=4,
             head_dim=32,
             moe=MoEConfig(num_experts=16, top_k=2, expert_dim=128),
             scan_layers=False,
         ),
-        tokenizer=TokenizerConfig(kind="char", alphabet="0123456789+-= "),
-        rl_task=hard,
+        tokenizer=TokenizerConfig(kind="char", alphabet=">abcdefghijklmnopqrstuvwxyz"),
+        rl_task=_words(5, 7, 64 if smoke else 5000, 16 if smoke else 256, seed=2),
         sft=SFTConfig(
-            task=easy,
-            steps=2 if smoke else 300,
-            batch=8 if smoke else 32,
-            row_length=128,
-            optim=OptimConfig(learning_rate=2e-3, warmup_steps=20, weight_decay=0.01),
+            task=_words(3, 5, 64 if smoke else 9000, 0, seed=1),
+            steps=2 if smoke else 400,
+            batch=8 if smoke else 16,
+            row_length=96,
+            optim=OptimConfig(
+                learning_rate=1e-3,
+                schedule="wsd",
+                decay_fraction=0.8,
+                final_fraction=0.1,
+                warmup_steps=20,
+                total_steps=400,
+                b2=0.98,
+            ),
         ),
         rl=RLConfig(
-            steps=2 if smoke else 60,
-            prompts_per_batch=8 if smoke else 64,
+            steps=2 if smoke else 96,
+            prompts_per_batch=8 if smoke else 32,
             samples_per_prompt=8,
             mini_steps=4,
-            micro_batch=16 if smoke else 128,
+            micro_batch=16 if smoke else 64,
             sampling=sampling,
-            length_bucket=8,
-            eval_every=0 if smoke else 20,
+            length_bucket=4,
+            eval_every=0 if smoke else 24,
             optim=OptimConfig(
-                learning_rate=3e-4,
+                learning_rate=1e-4,
                 warmup_steps=8,
+                b2=0.98,
                 groups={PREDICTOR_GROUP: predictor_group(10.0)},
             ),
         ),
-        replay=ReplayConfig(mode="pr2", feature_tokens=8),
+        replay=ReplayConfig(mode="pr2", feature_tokens=9),
         sampler=SamplerConfig(
-            slots=64 if smoke else 512,
-            chunk=8,
-            max_prompt=24,
-            max_tokens=8,
+            slots=64 if smoke else 256,
+            chunk=9,
+            max_prompt=8,
+            max_tokens=9,
             bucket=32,
-            prefill_rows=8 if smoke else 64,
+            prefill_rows=8 if smoke else 32,
         ),
         eval=EvalConfig(
-            samples=8, ks=(1, 8), quick_problems=100, quick_samples=4, sampling=sampling
+            samples=8, ks=(1, 8), quick_problems=128, quick_samples=2, sampling=sampling
         ),
         loop=LoopConfig(checkpoint_every=20),
     )

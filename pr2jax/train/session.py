@@ -87,7 +87,7 @@ class Session:
             return init_params(self.specs, self.key("params"), self.shardings)
         log.info("parameters from %s", self.cfg.init_from)
         abstract = abstract_params(self.specs, self.shardings)
-        if _is_foreign(self.cfg.init_from):
+        if _is_imported(self.cfg.init_from):
             return hf.load_params(self.cfg.init_from, abstract)[1]
         return self._restored(checkpoint_folder(self.cfg.init_from))
 
@@ -138,9 +138,9 @@ def checkpoint_folder(path: str | os.PathLike) -> str:
     return str(path)
 
 
-def _is_foreign(path: str) -> bool:
+def _is_imported(path: str) -> bool:
     """Whether `path` is a Hugging Face or imported folder rather than a run's."""
-    return Path(checkpoint_folder(path)) == Path(path) and (Path(path) / "config.json").is_file()
+    return checkpoint_folder(path) == str(path) and hf.is_published(path)
 
 
 def _saved_model(folder: str) -> ModelConfig:
@@ -158,8 +158,8 @@ def _like_checkpoint(cfg: Config) -> Config:
     there is a predictor, stays as configured. Raises CheckpointError, CheckpointFormatError.
     """
     tokenizer = cfg.tokenizer
-    if _is_foreign(cfg.init_from):
-        model, _ = hf.load_params(cfg.init_from)
+    if _is_imported(cfg.init_from):
+        model = hf.read_model_config(cfg.init_from)
         if tokenizer == TokenizerConfig() and (Path(cfg.init_from) / "tokenizer.json").is_file():
             tokenizer = TokenizerConfig(kind="hf", path=cfg.init_from)
     else:

@@ -49,9 +49,7 @@ def config(**changes) -> Config:
             length_bucket=8,
             eval_every=2,
             sampling=sampling,
-            optim=OptimConfig(
-                learning_rate=1e-3, groups={PREDICTOR_GROUP: predictor_group(10.0)}
-            ),
+            optim=OptimConfig(learning_rate=1e-3, groups={PREDICTOR_GROUP: predictor_group(10.0)}),
         ),
         replay=ReplayConfig(mode="pr2", feature_tokens=4),
         sampler=SamplerConfig(

@@ -1,0 +1,130 @@
+"""Every config runs two steps in its `:smoke` form, by the command that its header gives."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pr2jax.core.config import from_config_dict
+from pr2jax.core.metrics import read_jsonl
+from pr2jax.train.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+def main(*arguments: str) -> subprocess.CompletedProcess:
+    """`python -m pr2jax.main` on one device, as a user runs it."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, "-m", "pr2jax.main", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+def load(name: str, arg: str = "") -> Config:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(Config, module.get_config(arg)) if name != "generate" else module
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The quickstart's smoke run: others start from its checkpoint."""
+    workdir = tmp_path_factory.mktemp("quickstart")
+    done = main("--config=configs/quickstart.py:smoke", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_header_says_how_to_run_and_what_to_expect(name):
+    text = (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8")
+    header = re.match(r'"""(.*?)"""', text, re.DOTALL)[1]
+    assert f"python -m pr2jax.main --config=configs/{name}.py" in header
+    assert ":smoke" in header
+
+
+@pytest.mark.parametrize("name", [c for c in CONFIGS if c != "generate"])
+def test_full_form_is_valid(name):
+    cfg = load(name)
+    assert cfg.model.moe is not None
+
+
+@pytest.mark.parametrize("name", [c for c in CONFIGS if c not in ("quickstart", "generate")])
+def test_smoke(name, tmp_path):
+    done = main(f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_jsonl(tmp_path)][-1] == 2
+    assert "<html" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["end"]["pass@1"]["low"] <= summary["end"]["pass@1"]["value"]
+    assert summary["config"]["mode"] == name.replace("grpo", "rl")
+
+
+def test_quickstart_smoke_leaves_all_that_it_promises(trained):
+    summary = json.loads((trained / "summary.json").read_text(encoding="utf-8"))
+    for stage in ("start", "end", "sft_continued_end"):
+        assert 0.0 <= summary[stage]["pass@1"]["value"] <= 1.0
+    assert summary["rl"]["steps"] == 2
+    assert summary["sft_continued"]["seconds"] >= summary["rl"]["seconds"]
+    page = (trained / "report.html").read_text(encoding="utf-8")
+    for wanted in ("What it reached", "What routing replay did", "Before and after"):
+        assert wanted in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_same_command_again_repeats_nothing(trained):
+    before = json.loads((trained / "summary.json").read_text(encoding="utf-8"))
+    done = main("--config=configs/quickstart.py:smoke", f"--workdir={trained}")
+    assert done.returncode == 0, done.stderr
+    after = json.loads((trained / "summary.json").read_text(encoding="utf-8"))
+    for key in ("start", "end", "sft_continued_end"):
+        assert after[key] == before[key]
+    assert after["verifiers"].get("scored", 0) == 0
+
+
+def test_generate_smoke(trained, tmp_path):
+    (tmp_path / "prompts.txt").write_text("chess>\nhello>\n", encoding="utf-8")
+    done = main(
+        "--config=configs/generate.py:smoke",
+        f"--workdir={tmp_path}",
+        f"--config.init_from={trained}",
+        f"--config.generate.prompts={tmp_path / 'prompts.txt'}",
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["prompt"] for row in rows] == ["chess>", "hello>"]
+    for row in rows:
+        assert len(row["completions"]) == 2
+        assert all(len(c["tokens"]) == len(c["logprobs"]) for c in row["completions"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--config.rl.stepss=3", "rl.stepss: unknown key 'stepss'; did you mean steps?"),
+        ("--config.model.moe.top_k=99", "model.moe.top_k: must lie between 1 and"),
+        ("--config.model.num_kv_heads=3", "model.num_kv_heads: 3 does not divide"),
+        ("--config.mesh.fsdp=3", "does not multiply to the"),
+        ("--config.replay.mode=r9", "replay.mode"),
+        ("--config.rl.mini_steps=5", "rl.mini_steps: 5 does not divide"),
+        ("--config.init_from=/nowhere", "/nowhere"),
+    ],
+)
+def test_a_bad_setting_is_one_line_that_names_it(override, said, tmp_path):
+    done = main("--config=configs/grpo.py:smoke", f"--workdir={tmp_path}", override)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
