@@ -23,6 +23,7 @@ from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.logprobs import logits as head_logits
 from pr2jax.models.predictor import RouterFeatures, reservoir_slot
 from pr2jax.models.transformer import Record, forward
+from pr2jax.replay.routes import route_dtype
 from pr2jax.sampler.sampling import Draw, sample
 
 
@@ -71,11 +72,6 @@ class Admission:
     row: Int[Array, " F"]
 
 
-def route_dtype(cfg: ModelConfig) -> jnp.dtype:
-    """The smallest unsigned integer that holds an expert id: uint8 up to 256 experts."""
-    return jnp.dtype(jnp.uint8 if cfg.moe.num_experts <= 256 else jnp.uint16)
-
-
 def constrain(tree, mesh: Mesh | None, rows: int):
     """Splits the row axis (0, or 1 behind a layer axis) of every leaf over ("data", "fsdp").
 
@@ -102,7 +98,7 @@ def init_slots(cfg: ModelConfig, slots: int, length: int, dtype, mesh: Mesh | No
     routes = None
     if num_moe_layers(cfg):
         shape = (num_moe_layers(cfg), slots, length, cfg.moe.top_k)
-        routes = jnp.zeros(shape, route_dtype(cfg))
+        routes = jnp.zeros(shape, route_dtype(cfg.moe.num_experts))
     zeros = jnp.zeros((slots,), jnp.int32)
     state = Slots(
         cache=init_cache(cfg, slots, length, dtype),
@@ -164,7 +160,7 @@ def prefill(
     hidden = jnp.take_along_axis(out.hidden, last, axis=1)[:, 0]
     return Prefix(
         cache=out.cache,
-        routes=None if out.routes is None else out.routes.astype(route_dtype(cfg)),
+        routes=None if out.routes is None else out.routes.astype(route_dtype(cfg.moe.num_experts)),
         logits=head_logits(params, hidden, cfg),
         tokens=tokens,
         lengths=lengths,

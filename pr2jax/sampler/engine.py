@@ -44,7 +44,9 @@ class Sampler:
     requests take the places of finished ones.
 
     Within one compiled program (same slots, same read length) a sequence does not depend, to
-    the bit, on its slot or its companions.
+    the bit, on its slot or its companions. Across programs rounding differs: over 16,384 tokens
+    of a random 4-layer policy, 64 slots instead of 128 changed no sequence of 256 in fp32, and
+    in bf16 14 of them diverged somewhere.
 
     Attributes:
       stats: running counts: `prefills` (calls), `prefill_rows` (distinct prompts prefilled),
@@ -101,7 +103,8 @@ class Sampler:
           shift: added to the routers' selection logits (PR2, lookahead), prompt included.
           feature_tokens: T_c, most positions a response whose router features are kept (0: none);
             a reservoir seeded by the request id (`predictor.reservoir_slot`) over the decode
-            inputs, counted from the prompt's end.
+            inputs, counted from the prompt's end. A stop string is found between chunks only, so
+            a response that one ended may keep fewer.
 
         Returns:
           rows group-major (prompt 0's n responses first), T = max_prompt + max_tokens of the

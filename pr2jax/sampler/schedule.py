@@ -9,6 +9,7 @@ import numpy as np
 
 from pr2jax.models.config import num_moe_layers
 from pr2jax.models.predictor import RouterFeatures
+from pr2jax.replay.routes import route_dtype
 from pr2jax.sampler import decode
 from pr2jax.sampler.programs import Programs
 from pr2jax.sampler.sampling import make_draw
@@ -62,7 +63,7 @@ class Run:
         self.ends = np.full(rows, FINISH_LENGTH, np.int8)
         self.routes = None
         if num_moe_layers(cfg):
-            filler = np.arange(cfg.moe.top_k, dtype=decode.route_dtype(cfg))
+            filler = np.arange(cfg.moe.top_k, dtype=route_dtype(cfg.moe.num_experts))
             shape = (num_moe_layers(cfg), rows, programs.capacity, cfg.moe.top_k)
             self.routes = np.broadcast_to(filler, shape).copy()
 

@@ -79,8 +79,10 @@ class SamplerConfig:
       chunk: decode steps a `while_loop` call makes before finished rows are replaced.
       max_prompt: longest prompt (tokens).
       max_tokens: most tokens sampled for one request; the cache holds max_prompt + max_tokens.
-      bucket: granularity of the length that attention reads from the cache.
-      prefill_rows: rows of the prefill program.
+      bucket: shortest length that attention reads from the cache (and that a prompt is padded
+        to); longer ones are 2, 3, 4, 6, 8, 12, ... times it, a program each. Reading is what
+        decode costs on CPU beside the experts, so short sequences want a small bucket.
+      prefill_rows: rows of the prefill program (rounded up to a multiple of the data shards).
       unroll_layers: unroll the layers in decode instead of scanning them.
     """
 

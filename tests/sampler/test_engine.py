@@ -99,6 +99,15 @@ def test_truncated_log_probs_are_of_the_distribution_sampled(world, oracle):
     np.testing.assert_allclose(rollout.behavior_logprobs, want, atol=1e-4)
 
 
+def test_one_token_comes_from_the_prefill_alone(world, replaced):
+    steps = world.one.stats["decode_steps"]
+    rollout, _ = world.one.rollout(world.prompts, 3, SamplingParams(max_tokens=1), key=KEY)
+    np.testing.assert_array_equal(rollout.lengths, replaced.prompt_lengths + 1)
+    last = np.arange(15), replaced.prompt_lengths
+    np.testing.assert_array_equal(rollout.tokens[last], replaced.tokens[last])
+    assert world.one.stats["decode_steps"] == steps
+
+
 def test_stop_id_that_is_also_the_pad_id(world, replaced):
     stop, _ = world.one.rollout(
         world.prompts, 3, SamplingParams(max_tokens=12, stop_ids=(0, 5)), key=KEY
