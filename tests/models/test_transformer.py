@@ -206,14 +206,13 @@ def test_cached_decode_equals_full_forward(params, run):
     )
     step = oracle.compiled(
         lambda tokens, positions, cache: forward(
-            params,
+            transformer.unstack_layers(params, STACK),
             tokens,
             positions,
             jnp.ones_like(tokens),
             cfg=STACK,
             cache=cache,
             read_length=12,
-            unroll=True,
         )
     )
     # Garbage behind a prompt's end, and in the whole cache, must never be attended.
