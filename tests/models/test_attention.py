@@ -110,7 +110,6 @@ def test_kernels_by_platform():
     assert resolve_impl(forced, "tpu", 256, jnp.float32) == "einsum"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 100])
 def test_splash_equals_einsum(window):
     """The TPU kernel, interpreted: packed rows, grouped heads, values and gradients."""
