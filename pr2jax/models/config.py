@@ -119,9 +119,11 @@ class ModelConfig:
     logprob_chunk: int = 4096
 
     def validate(self) -> None:
-        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads"):
+        for name in ("d_model", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.vocab_size < 0:
+            raise ConfigError(f"vocab_size: must be >= 0, got {self.vocab_size}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_kv_heads: {self.num_kv_heads} does not divide num_heads={self.num_heads}"
