@@ -22,7 +22,7 @@ from pr2jax.models.cache import Cache, init_cache
 from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.logprobs import logits as head_logits
 from pr2jax.models.predictor import RouterFeatures, reservoir_slot
-from pr2jax.models.transformer import Record, forward
+from pr2jax.models.transformer import Record, forward, unstack_layers
 from pr2jax.replay.routes import route_dtype
 from pr2jax.sampler.sampling import Draw, sample
 
@@ -263,6 +263,8 @@ def decode_chunk(
     slots, capacity = state.tokens.shape
     rows = jnp.arange(slots)
     state = state.replace(active=state.active & ~cancel)
+    if unroll:
+        params = unstack_layers(params, cfg)
 
     def more(carry):
         step, state, _ = carry

@@ -54,6 +54,14 @@ class Trainer(Protocol):
         """Held-out figures at position `index`; empty where there are none."""
         ...
 
+    def memory(self) -> dict[str, Any]:
+        """What later steps depend on besides state and position, as JSON."""
+        ...
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Takes back what `memory` gave."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -129,12 +137,18 @@ class _Run:
         )
         self.state, extra = self.checkpoints.restore(abstract, latest)
         self.index, self.seconds = int(extra["position"]), float(extra["seconds"])
+        self.trainer.remember(extra["memory"])
         log.info("%s: resumed at step %d of %d", self.trainer.name, self.index, self.trainer.steps)
         for line in _differences(extra["config"], self.config):
             log.warning("configuration differs from the checkpoint's: %s", line)
 
     def save(self, metrics: dict[str, float] | None = None) -> None:
-        extra = {"config": self.config, "position": self.index, "seconds": self.seconds}
+        extra = {
+            "config": self.config,
+            "position": self.index,
+            "seconds": self.seconds,
+            "memory": self.trainer.memory(),
+        }
         self.checkpoints.save(self.index, self.state, extra, metrics)
 
     def evaluate(self) -> dict[str, float]:

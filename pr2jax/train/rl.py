@@ -246,6 +246,14 @@ class RLTrainer:
         """Held-out figures, where there is an evaluator."""
         return {} if self.evaluator is None else self.evaluator.quick(state.params, index)
 
+    def memory(self) -> dict[str, Any]:
+        """The mismatch measured last: the next step decides by it whether to score."""
+        return {"mismatch": self._mismatch}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Takes back what `memory` gave."""
+        self._mismatch = memory["mismatch"]
+
 
 def _failures(pool: VerifierPool) -> int:
     """Responses so far that a verifier could not judge within its limits."""

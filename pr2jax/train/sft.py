@@ -135,3 +135,10 @@ class SFTTrainer:
     def evaluate(self, state: TrainState, index: int) -> dict[str, float]:
         """Held-out figures, where there is an evaluator."""
         return {} if self.evaluator is None else self.evaluator.quick(state.params, index)
+
+    def memory(self) -> dict[str, Any]:
+        """Nothing: batches are a function of the position."""
+        return {}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """There is nothing to take back."""
