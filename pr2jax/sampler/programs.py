@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 
 from pr2jax.models.config import ModelConfig
@@ -14,6 +14,8 @@ from pr2jax.models.predictor import RouterFeatures
 from pr2jax.sampler import decode
 from pr2jax.sampler.sampling import Draw
 from pr2jax.sampler.types import SamplerConfig
+
+log = logging.getLogger("pr2jax")
 
 
 def ladder(step: int, longest: int) -> list[int]:
@@ -79,7 +81,7 @@ class Programs:
         self._seen.add((name, *signature))
         self.stats["programs"] += 1
         count, bound = self.stats["programs"], self.bound()
-        logging.info("sampler: program %d (of %d a kind) is %s %s", count, bound, name, signature)
+        log.info("sampler: program %d (of %d a kind) is %s %s", count, bound, name, signature)
 
     @staticmethod
     def _kind(draw: Draw) -> tuple:
