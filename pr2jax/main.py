@@ -76,6 +76,7 @@ def _config():
 def _start(argv: list[str]) -> None:
     from pr2jax.core.checkpoint import CheckpointError
     from pr2jax.core.sharding import ShardingError
+    from pr2jax.models.importers.hf import CheckpointFormatError
     from pr2jax.tasks.rows import RowError
     from pr2jax.train.loop import Interrupted, TrainingDiverged
 
@@ -95,7 +96,17 @@ def _start(argv: list[str]) -> None:
     except Interrupted as stopped:
         log.warning("%s", stopped)
         sys.exit(EXIT_RESUME)
-    except (ConfigError, ShardingError, CheckpointError, RowError, TrainingDiverged) as error:
+    except KeyboardInterrupt:
+        log.warning("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(EXIT_RESUME)
+    except (
+        ConfigError,
+        ShardingError,
+        CheckpointError,
+        CheckpointFormatError,
+        RowError,
+        TrainingDiverged,
+    ) as error:
         log.error("%s: %s", type(error).__name__, error)
         sys.exit(EXIT_BAD_CONFIG)
 
