@@ -215,8 +215,7 @@ def run(
         finally:
             work.writer.close()
             work.checkpoints.close()
-        done = work.index >= trainer.steps or work.seconds >= (max_seconds or float("inf"))
-        if stop.requested and not done:
+        if stop.requested:  # also after the last step: no next stage is begun
             raise Interrupted(
                 f"{trainer.name}: stopped at step {work.index} of {trainer.steps} and saved in "
                 f"{work.checkpoints.directory}; the same command resumes"
