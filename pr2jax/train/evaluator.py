@@ -20,7 +20,7 @@ class Evaluator:
     problems: list[Problem]
 
     def full(self, params) -> EvalResult:
-        """All problems, eval.samples each."""
+        """All problems, eval.samples each; pass@1 besides eval.ks."""
         cfg = self.session.cfg.eval
         return self._evaluate(params, self.problems, cfg.samples, cfg.ks)
 
@@ -28,8 +28,8 @@ class Evaluator:
         """eval.quick_problems and eval.quick_samples; {"eval/NAME": value}."""
         cfg = self.session.cfg.eval
         chosen = self.problems[: cfg.quick_problems or None]
-        ks = tuple(k for k in cfg.ks if k <= cfg.quick_samples)
-        result = self._evaluate(params, chosen, cfg.quick_samples, ks or (1,))
+        ks = [k for k in cfg.ks if k <= cfg.quick_samples]
+        result = self._evaluate(params, chosen, cfg.quick_samples, ks)
         shown = ", ".join(f"{name} {value.mean:.3f}" for name, value in result.metrics.items())
         log.info("step %d, held out: %s", index, shown)
         return result.flat("eval/")
@@ -44,6 +44,6 @@ class Evaluator:
             session.pool,
             session.cfg.eval.sampling,
             samples,
-            ks,
+            sorted({1, *ks}),  # reports and the best checkpoint go by pass@1
             session.key("evaluate"),
         )
