@@ -78,7 +78,6 @@ def score(
             params, out.hidden, targets, cfg=model_cfg, temperature=temperature
         )
         logp = jnp.pad(logp[:, :-1], ((0, 0), (1, 0))) * rows.segment_ids
-        logp = logp * (rows.positions > 0)
         features = None
         if record is not None:
             inputs = out.router.inputs.astype(jnp.bfloat16)
