@@ -1,7 +1,8 @@
 """Problems from JSONL or parquet files of the Guru schema (arXiv 2506.14965).
 
 A row has `prompt` ([{role, content}] or a string), `data_source` ("domain__name"),
-`reward_model.ground_truth`, and optionally `extra_info.index` and `solution` (SFT target text).
+`reward_model.ground_truth`, and optionally `extra_info.index`. The SFT target is made of the
+ground truth by `answer_template`.
 """
 
 import hashlib
