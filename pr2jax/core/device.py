@@ -101,6 +101,7 @@ class CompilationCounter:
 
     @property
     def compilations(self) -> int:
+        """Programs that the compiler built so far."""
         # JAX times a cached program under the same event as a compiled one.
         return self._programs - self.cache_hits
 

@@ -28,6 +28,7 @@ class RopeScaling:
     truncate: bool = True
 
     def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
         if self.kind != "none" and self.factor < 1.0:
             raise ConfigError(f"factor: must be >= 1 when kind is {self.kind!r}, got {self.factor}")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
@@ -63,6 +64,7 @@ class MoEConfig:
     block_size: int = 0
 
     def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
         if not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(
                 f"top_k: must lie between 1 and num_experts={self.num_experts}, got {self.top_k}"
@@ -119,6 +121,7 @@ class ModelConfig:
     logprob_chunk: int = 4096
 
     def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
         for name in ("d_model", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")

@@ -58,6 +58,7 @@ class SamplingParams:
         return self.greedy or self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
     def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
         if self.temperature <= 0:
             raise ConfigError(f"temperature: must be > 0, got {self.temperature}")
         if self.top_k < 0:
@@ -95,6 +96,7 @@ class SamplerConfig:
     unroll_layers: bool = True
 
     def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
         for name in ("slots", "chunk", "max_prompt", "max_tokens", "bucket", "prefill_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be >= 1, got {getattr(self, name)}")
