@@ -31,14 +31,21 @@ log = logging.getLogger("pr2jax")
 BEST_METRIC = "eval/pass@1"
 
 
-def _evaluation(session: Session, evaluator: Evaluator, name: str, params) -> dict[str, Any]:
-    """The full evaluation NAME, made once: read from its file when that is there.
+def _evaluation(
+    session: Session, evaluator: Evaluator, name: str, params, steps: int
+) -> dict[str, Any]:
+    """The full evaluation NAME of `params`, which `steps` steps made; read from its file when
+    that holds the same one (a run that was given more steps is evaluated again).
 
-    Keys: metrics {NAME: {value, low, high}}, samples (rows of evaluation.runner.Sample), seconds.
+    Keys: metrics {NAME: {value, low, high}}, samples (rows of evaluation.runner.Sample), seconds,
+    of (what was evaluated, and how).
     """
     path = session.workdir / f"eval_{name}.json"
+    of = {"steps": steps, "eval": session.config_json["eval"]}
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.get("of") == of:
+            return found
     start = time.monotonic()
     result = evaluator.full(params)
     figures = {
@@ -48,6 +55,7 @@ def _evaluation(session: Session, evaluator: Evaluator, name: str, params) -> di
         },
         "samples": [s.to_json() for s in result.samples],
         "seconds": time.monotonic() - start,
+        "of": of,
     }
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(figures), encoding="utf-8")
@@ -64,6 +72,8 @@ def _evaluator(session: Session, problems: list[Problem]) -> Evaluator | None:
     if not problems:
         log.info("no held-out problems: nothing is evaluated")
         return None
+    for problem in problems:
+        session.encode(problem)  # what cannot be put to the model is told before it is trained
     return Evaluator(session, problems)
 
 
@@ -104,7 +114,9 @@ def _figures(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _log_sizes(name: str, task: Task) -> None:
-    log.info("%s: %d problems to train on, %d held out", name, len(task.train), len(task.held_out))
+    counts = ", ".join(f"{key} {value}" for key, value in task.stats.items())
+    sizes = len(task.train), len(task.held_out)
+    log.info("%s: %d problems to train on, %d held out (%s)", name, *sizes, counts)
 
 
 def run_sft(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
@@ -115,7 +127,9 @@ def run_sft(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
         evaluator = _evaluator(session, task.held_out)
         trainer = SFTTrainer(session, task.train, steps=cfg.sft.steps, evaluator=evaluator)
         outcome = _run(session, trainer, session.initial_params(), ".", profile_steps=profile_steps)
-        end = evaluator and _evaluation(session, evaluator, "end", outcome.state.params)
+        end = evaluator and _evaluation(
+            session, evaluator, "end", outcome.state.params, outcome.steps
+        )
         summary = _summary(session, sft=_stage(outcome), end=_figures(end))
         report.write_sft(session, summary, end)
 
@@ -128,9 +142,11 @@ def run_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
         evaluator = _evaluator(session, task.held_out)
         trainer = RLTrainer(session, task.train, evaluator)
         params = session.initial_params()
-        start = evaluator and _evaluation(session, evaluator, "start", params)
+        start = evaluator and _evaluation(session, evaluator, "start", params, 0)
         outcome = _run(session, trainer, params, ".", profile_steps=profile_steps)
-        end = evaluator and _evaluation(session, evaluator, "end", outcome.state.params)
+        end = evaluator and _evaluation(
+            session, evaluator, "end", outcome.state.params, outcome.steps
+        )
         summary = _summary(session, rl=_stage(outcome), start=_figures(start), end=_figures(end))
         report.write_rl(session, summary, start, end)
 
@@ -153,16 +169,18 @@ def run_sft_then_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
 
         trainer = SFTTrainer(session, easy.train, steps=cfg.sft.steps, evaluator=None)
         warm = _run(session, trainer, session.initial_params(), "sft")
-        start = _evaluation(session, evaluator, "start", warm.state.params)
+        start = _evaluation(session, evaluator, "start", warm.state.params, warm.steps)
 
         learner = RLTrainer(session, hard.train, evaluator)
         # RL donates its parameters; SFT goes on from these.
         params = _copy(warm.state.params)
         rl = _run(session, learner, params, "rl", profile_steps=profile_steps)
-        end = _evaluation(session, evaluator, "end", rl.state.params)
+        end = _evaluation(session, evaluator, "end", rl.state.params, rl.steps)
 
         control = _continue_sft(session, easy, warm, rl.seconds)
-        other = _evaluation(session, evaluator, "sft_continued", control.state.params)
+        other = _evaluation(
+            session, evaluator, "sft_continued", control.state.params, control.steps
+        )
         summary = _summary(
             session,
             sft=_stage(warm),
