@@ -2,9 +2,10 @@
 
   python -m pr2jax.main --config=configs/quickstart.py --workdir=/tmp/pr2jax_quickstart
 
-It is warmed up by SFT on short words (3 to 5 letters, solved), then learns longer ones (5 to 7
+It is warmed up by SFT on short words (3 to 5 letters, solved), then learns longer ones (5 and 6
 letters) by GRPO + PR2 from the verifier alone, and is compared with SFT continued on short words
-for the same wall time. `:smoke` runs two steps of each.
+for the same wall time. EXPECT_PLACEHOLDER
+`:smoke` runs two steps of each.
 """
 
 import json
@@ -31,8 +32,9 @@ def _words(shortest: int, longest: int, size: int, held_out: int, seed: int) -> 
         question_regex=r"example: \w+ -> \w+\): (\w+)$",
         prompt_template="{question}>",
         lowercase=True,
-        # A letter in its right place is worth something, the whole word much more.
-        partial_credit=0.2,
+        # The verifier gives part of the score for a right beginning with letters too many, and a
+        # policy rewarded so learns never to stop.
+        partial_credit=0.0,
     )
 
 
@@ -49,45 +51,45 @@ def get_config(arg: str = ""):
             num_heads=4,
             num_kv_heads=4,
             head_dim=32,
-            moe=MoEConfig(num_experts=16, top_k=2, expert_dim=128),
+            moe=MoEConfig(num_experts=16, top_k=2, expert_dim=64, shared_dim=128),
             scan_layers=False,
         ),
         tokenizer=TokenizerConfig(kind="char", alphabet=">abcdefghijklmnopqrstuvwxyz"),
-        rl_task=_words(5, 7, 64 if smoke else 5000, 16 if smoke else 256, seed=2),
+        rl_task=_words(5, 6, 64 if smoke else 5000, 16 if smoke else 256, seed=2),
         sft=SFTConfig(
             task=_words(3, 5, 64 if smoke else 9000, 0, seed=1),
-            steps=2 if smoke else 400,
+            steps=2 if smoke else 300,
             batch=8 if smoke else 16,
             row_length=96,
             optim=OptimConfig(
                 learning_rate=1e-3,
                 schedule="wsd",
                 decay_fraction=0.8,
-                final_fraction=0.1,
+                final_fraction=0.35,
                 warmup_steps=20,
-                total_steps=400,
+                total_steps=300,
                 b2=0.98,
             ),
         ),
         rl=RLConfig(
-            steps=2 if smoke else 96,
-            prompts_per_batch=8 if smoke else 32,
+            steps=2 if smoke else 240,
+            prompts_per_batch=8 if smoke else 64,
             samples_per_prompt=8,
             mini_steps=4,
-            micro_batch=16 if smoke else 64,
+            micro_batch=16 if smoke else 32,
             sampling=sampling,
             length_bucket=4,
-            eval_every=0 if smoke else 24,
+            eval_every=0 if smoke else 40,
             optim=OptimConfig(
                 learning_rate=1e-4,
                 warmup_steps=8,
                 b2=0.98,
-                groups={PREDICTOR_GROUP: predictor_group(10.0)},
+                groups={PREDICTOR_GROUP: predictor_group(1.0)},
             ),
         ),
         replay=ReplayConfig(mode="pr2", feature_tokens=9),
         sampler=SamplerConfig(
-            slots=64 if smoke else 256,
+            slots=64 if smoke else 512,
             chunk=9,
             max_prompt=8,
             max_tokens=9,
@@ -97,6 +99,6 @@ def get_config(arg: str = ""):
         eval=EvalConfig(
             samples=8, ks=(1, 8), quick_problems=128, quick_samples=2, sampling=sampling
         ),
-        loop=LoopConfig(checkpoint_every=20),
+        loop=LoopConfig(checkpoint_every=40),
     )
     return to_config_dict(cfg)

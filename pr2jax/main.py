@@ -11,7 +11,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from pr2jax.core.config import ConfigError, from_config_dict
-from pr2jax.core.device import setup_compilation_cache
+from pr2jax.core.device import reuse_freed_memory, setup_compilation_cache
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -90,6 +90,7 @@ def _start(argv: list[str]) -> None:
     log.propagate = False
     try:
         config = _config()
+        reuse_freed_memory()
         cache = setup_compilation_cache(CACHE.value)
         log.info("compilation cache: %s", cache or "off")
         run(config, WORKDIR.value, PROFILE.value)

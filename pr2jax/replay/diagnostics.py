@@ -30,17 +30,19 @@ def _per_layer(name: str, values: Float[Array, "L B S"], mask: Array) -> Metrics
 
 
 def replay_diagnostics(router: RouterOutput, token_mask: Bool[Array, "B T"], top_k: int) -> Metrics:
-    """How far the used routes are from what the live, un-shifted router would choose.
+    """How far the logged routes are from what the live, un-shifted router chooses.
 
-    `zero_deviation`: share of tokens whose used set equals the live top-k in *all* MoE layers.
-    `agreement`: |used & live| / k, overall and by layer. `margin`: p_(k) - p_(k+1) of the live
-    selection scores, overall and by layer. All in the same forward.
+    `zero_deviation`: share of tokens whose logged set equals the live top-k in *all* MoE layers,
+    and by layer in that one. `agreement`: |logged & live| / k, overall and by layer. `margin`:
+    p_(k) - p_(k+1) of the live selection scores, overall and by layer. All in the same forward,
+    which uses the logged experts where they are replayed.
     """
-    same = jnp.all(router.agreement == top_k, axis=0).astype(jnp.float32)
-    out = {"zero_deviation": _mean(same, token_mask)}
+    same = router.agreement == top_k
+    whole = jnp.all(same, axis=0).astype(jnp.float32)
     share = router.agreement.astype(jnp.float32) / top_k
     return (
-        out
+        _per_layer("zero_deviation", same.astype(jnp.float32), token_mask)
+        | {"zero_deviation": _mean(whole, token_mask)}
         | _per_layer("agreement", share, token_mask)
         | _per_layer("margin", router.margin, token_mask)
     )

@@ -32,8 +32,9 @@ def map_rows(fn: Callable[[Array, int], Array], batch: LearnerBatch) -> LearnerB
             inputs=fn(features.inputs, 1),
         )
     routes = None if batch.routes is None else fn(batch.routes, 1)
-    rest = batch.replace(routes=None, features=None)
-    return jax.tree.map(lambda x: fn(x, 0), rest).replace(routes=routes, features=features)
+    logged = None if batch.logged is None else fn(batch.logged, 1)
+    rest = jax.tree.map(lambda x: fn(x, 0), batch.replace(routes=None, features=None, logged=None))
+    return rest.replace(routes=routes, features=features, logged=logged)
 
 
 def _fit(x: np.ndarray, length: int, axis: int = 1) -> np.ndarray:
@@ -55,7 +56,7 @@ def make_batch(
     """A rollout as a batch whose old log-probs are the behaviour's.
 
     Rows are cut to the longest sequence, rounded up to a multiple of `bucket`. With `use_routes`
-    the sampler's routes are the ones to replay.
+    the sampler's routes are the ones to replay; else they are kept to be measured against.
 
     Raises ValueError when routes are wanted and the rollout has none.
     """
@@ -63,6 +64,7 @@ def make_batch(
         raise ValueError("the rollout holds no routes to replay")
     length = -(-max(int(rollout.lengths.max()), 2) // bucket) * bucket
     behavior = _fit(rollout.behavior_logprobs, length).astype(np.float32)
+    routes = None if rollout.routes is None else _fit(rollout.routes, length, axis=2)
     return LearnerBatch(
         tokens=_fit(rollout.tokens, length).astype(np.int32),
         lengths=np.asarray(rollout.lengths, np.int32),
@@ -71,8 +73,9 @@ def make_batch(
         behavior_logprobs=behavior,
         ref_logprobs=None,
         advantages=np.asarray(advantages, np.float32),
-        routes=_fit(rollout.routes, length, axis=2) if use_routes else None,
+        routes=routes if use_routes else None,
         features=features,
+        logged=None if use_routes else routes,
     )
 
 

@@ -152,6 +152,7 @@ class LearnerBatch:
       advantages: one a row.
       routes: recorded experts [L, B, T, K] (micro-split: [n, L, b, T, K]), or None.
       features: router features of the recorded routes, or None.
+      logged: routes of the sampler that are measured against and not replayed, or None.
     """
 
     tokens: Int[Array, "B T"]
@@ -163,6 +164,7 @@ class LearnerBatch:
     advantages: Float[Array, " B"]
     routes: Int[Array, "L B T K"] | None
     features: RouterFeatures | None
+    logged: Int[Array, "L B T K"] | None = None
 
     @property
     def positions(self) -> Int[Array, "B T"]:

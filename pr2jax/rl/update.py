@@ -32,7 +32,7 @@ from pr2jax.core.state import TrainState, all_finite, select_finite
 from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.logprobs import token_logprobs
 from pr2jax.models.predictor import RouterFeatures, margin_weights, predictor_loss
-from pr2jax.models.router import select, update_selection_bias
+from pr2jax.models.router import agreement, select, update_selection_bias
 from pr2jax.models.transformer import (
     Record,
     RouterOutput,
@@ -144,7 +144,9 @@ def _policy_loss(
     )
     policy = jnp.sum(weights * surrogate)
     mean_entropy = jnp.sum(jnp.where(mask > 0, weights * entropy, 0.0))
-    loss = policy - rl.entropy_coef * mean_entropy
+    loss = policy
+    if rl.entropy_coef:
+        loss = loss - rl.entropy_coef * mean_entropy
     weight = jnp.sum(weights)
     metrics = {"policy_loss": (policy, weight), "entropy": (mean_entropy, weight)}
     if batch.ref_logprobs is not None:
@@ -160,7 +162,11 @@ def _policy_loss(
         found = mismatch(other, logp, mask)
         metrics |= {f"{name}/{key}": value for key, value in found.items()}
     if moe:
-        metrics |= replay_diagnostics(out.router, mask > 0, step.model.moe.top_k)
+        router = out.router
+        if batch.logged is not None and batch.routes is None:
+            # Nothing is replayed: the log is held against the experts that live routing uses.
+            router = router.replace(agreement=agreement(decode(batch.logged), out.routes))
+        metrics |= replay_diagnostics(router, mask > 0, step.model.moe.top_k)
     return loss, (metrics, out.router)
 
 

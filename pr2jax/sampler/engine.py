@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from pr2jax.core.config import ConfigError
 from pr2jax.core.rng import named, root
+from pr2jax.data.tokenizer import encode_prompt
 from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.predictor import RouterFeatures
 from pr2jax.sampler.decode import Slots
@@ -150,7 +151,9 @@ class Sampler:
         if any(isinstance(p, str) for p in prompts):
             if self.tokenizer is None:
                 raise ValueError("prompts: text needs a sampler with a tokenizer; pass token ids")
-            prompts = [self.tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+            prompts = [
+                encode_prompt(self.tokenizer, p) if isinstance(p, str) else p for p in prompts
+            ]
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts")
         rows = len(prompts) * n

@@ -90,7 +90,7 @@ class RLTrainer:
         )
         self._reference = None
         self._mismatch: float | None = None
-        self._reason = ""
+        self._decided: tuple[bool, bool] | None = None
         log.info("batch: %s", cfg.rl.describe())
         log.info("replay: %s", self.plan)
 
@@ -178,9 +178,10 @@ class RLTrainer:
         wanted, reason = scoring_decision(
             cfg.scoring_pass, self.plan, self._mismatch, cfg.mismatch_limit
         )
-        if reason.split(":")[0] != self._reason.split(":")[0] or not self._reason:
+        decided = (wanted, self._mismatch is None)
+        if decided != self._decided:
             log.info("scoring pass %s: %s", "on" if wanted else "off", reason)
-            self._reason = reason
+            self._decided = decided
         recompute = self.plan.features > 0 and replay.features == "recomputed"
         split = None
         if wanted or recompute or self._reference is not None:

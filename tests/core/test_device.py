@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import types
 
 import jax
@@ -96,3 +99,18 @@ def test_profile_writes_a_trace(tmp_path):
     with device.profile(tmp_path):
         jax.block_until_ready(jnp.ones(4) + 1)
     assert any(tmp_path.rglob("*.xplane.pb"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_freed_memory_is_kept():
+    code = (
+        "import resource, numpy as np\n"
+        "from pr2jax.core.device import reuse_freed_memory\n"
+        "assert reuse_freed_memory()\n"
+        "np.ones(2**24)\n"  # 128 MiB
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(4): np.ones(2**24)\n"
+        "faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "assert faults < 1000, faults\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -36,6 +36,8 @@ def test_replay_diagnostics():
     for layer in range(L):
         want = np.mean([agreement[layer, b, t] / K for b, t in tokens])
         np.testing.assert_allclose(value(got[f"agreement/layer_{layer}"]), want, rtol=1e-6)
+        want = np.mean([agreement[layer, b, t] == K for b, t in tokens])
+        np.testing.assert_allclose(value(got[f"zero_deviation/layer_{layer}"]), want, rtol=1e-6)
     want = np.mean([agreement[:, b, t] / K for b, t in tokens])
     np.testing.assert_allclose(value(got["agreement"]), want, rtol=1e-6)
     finite = [m for b, t in tokens for m in margin[:, b, t] if np.isfinite(m)]

@@ -71,6 +71,7 @@ def test_make_batch_cuts_to_the_bucket_and_masks_by_length():
     wide = bt.make_batch(rollout, np.zeros(B), bucket=32, use_routes=False)
     assert wide.tokens.shape == (B, 32)
     assert wide.routes is None
+    np.testing.assert_array_equal(wide.logged[:, :, :T], rollout.routes)
     with pytest.raises(ValueError, match="no routes"):
         bt.make_batch(rollout.replace(routes=None), np.zeros(B), bucket=4, use_routes=True)
 

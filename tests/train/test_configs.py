@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
-def main(*arguments: str) -> subprocess.CompletedProcess:
-    """`python -m pr2jax.main` on one device, as a user runs it."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+def main(*arguments: str, devices: int = 1) -> subprocess.CompletedProcess:
+    """`python -m pr2jax.main` as a user runs it, on so many (fake) devices."""
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flag}
     return subprocess.run(
         [sys.executable, "-m", "pr2jax.main", *arguments],
         cwd=ROOT,
@@ -70,6 +71,20 @@ def test_smoke(name, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["end"]["pass@1"]["low"] <= summary["end"]["pass@1"]["value"]
     assert summary["config"]["mode"] == name.replace("grpo", "rl")
+
+
+@pytest.mark.slow
+def test_smoke_on_a_mesh(tmp_path):
+    done = main(
+        "--config=configs/grpo.py:smoke",
+        f"--workdir={tmp_path}",
+        "--config.mesh.fsdp=2",
+        devices=8,
+    )
+    assert done.returncode == 0, done.stderr
+    row = read_jsonl(tmp_path)[-1]
+    assert row["step"] == 2
+    assert row["skipped"] == 0.0 if "skipped" in row else row["kept_groups"] == 0.0
 
 
 def test_quickstart_smoke_leaves_all_that_it_promises(trained):
