@@ -220,7 +220,13 @@ def run(
                 f"{trainer.name}: stopped at step {work.index} of {trainer.steps} and saved in "
                 f"{work.checkpoints.directory}; the same command resumes"
             )
-        return Outcome(work.state, work.index, work.seconds, compilations.snapshot())
+        compiled = compilations.snapshot()
+        log.info(
+            "%s: %d steps in %.0f s; %d programs compiled, %d more out of the cache",
+            *(trainer.name, work.index, work.seconds),
+            *(compiled["compilations"], compiled["cache_hits"]),
+        )
+        return Outcome(work.state, work.index, work.seconds, compiled)
 
 
 def _loop(work: _Run, stop: StopRequest, max_seconds, profile_steps: int, workdir: Path) -> None:
