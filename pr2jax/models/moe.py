@@ -24,11 +24,11 @@ class Record:
     """Which router inputs and logits a forward returns.
 
     positions: rows' token indices to keep, [B, C]; None keeps every token (C = T).
+    inputs: whether the router inputs are kept beside the logits.
     """
 
     positions: Int[Array, "B C"] | None = None
     inputs: bool = struct.field(pytree_node=False, default=True)
-    logits: bool = struct.field(pytree_node=False, default=True)
 
 
 class MoEOptions(NamedTuple):
@@ -152,7 +152,7 @@ def moe_layer(
 
     taps = {"routes": ids}
     record = options.record
-    if record is not None and record.logits:
+    if record is not None:
         taps["logits"] = _at(logits, record.positions)
     if record is not None and record.inputs:
         taps["inputs"] = _at(x, record.positions)
