@@ -52,7 +52,7 @@ class RLTrainer:
     `stopped` (share that ended by itself), `kept_groups` (share with a signal),
     `verifier_failures`, `tokens_per_second`, `time/*`; every learner metric over the whole
     step; and under
-    `mini_I/NAME` those of mini-step I.
+    `mini_I/NAME` those of mini-step I (by layer: zero deviation and agreement).
     """
 
     def __init__(self, session: Session, problems: list[Problem], evaluator: Evaluator | None):
@@ -222,7 +222,10 @@ class RLTrainer:
         for other in found[1:]:
             total = merge(total, other)
         for i, metrics in enumerate(found, start=1):
-            short = {k: v for k, v in metrics.items() if "/layer_" not in k}
+            by_layer = ("zero_deviation/", "agreement/")
+            short = {
+                k: v for k, v in metrics.items() if "/layer_" not in k or k.startswith(by_layer)
+            }
             out |= {f"mini_{i}/{k}": v for k, v in short.items()}
         first = found[0]
         for key in ("abs", "abs_max", "k1", "k3"):
