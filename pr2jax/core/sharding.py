@@ -132,6 +132,11 @@ def batch_sharding(mesh: Mesh, ndim: int, batch_axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, _canonical(entries))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Devices that the rows of a batch are split over."""
+    return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device of the mesh."""
     return NamedSharding(mesh, PartitionSpec())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pr2jax.core.params import ParamSpec, fan_in, ones, zeros
+from pr2jax.core.sharding import BATCH_AXES, batch_shards
 from pr2jax.models import cache as cache_lib
 from pr2jax.models.cache import Cache
 from pr2jax.models.config import ModelConfig
@@ -81,11 +85,33 @@ def einsum_attention(
     return jnp.einsum("bghts,bsgd->btghd", weights, v).reshape(batch, length, heads, dim)
 
 
-def splash_attention(q, k, v, segment_ids, window: int, interpret: bool = False):
-    """The TPU block-sparse flash kernel; arguments as `einsum_attention`, packed rows.
+def splash_attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B T G d"],
+    v: Float[Array, "B T G d"],
+    segment_ids: Int[Array, "B T"],
+    window: int,
+    *,
+    mesh: Mesh | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T H d"]:
+    """The TPU block-sparse flash kernel on packed rows.
 
-    Grouped heads are read in place; blocks outside the causal window are not computed.
+    Grouped heads are read in place; blocks outside the causal window are not computed. The
+    compiler cannot split a kernel over a mesh, so each device is handed its own rows (where the
+    mesh divides them) and heads.
     """
+    run = partial(_splash_local, window=window, interpret=interpret)
+    if mesh is None or mesh.size == 1:
+        return run(q, k, v, segment_ids)
+    rows = None if q.shape[0] % batch_shards(mesh) else BATCH_AXES
+    act = PartitionSpec(rows, None, "tensor")
+    specs = (act, act, act, PartitionSpec(rows))
+    split = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=act, check_vma=False)
+    return split(q, k, v, segment_ids)
+
+
+def _splash_local(q, k, v, segment_ids, window: int, interpret: bool):
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel_lib,
     )
@@ -150,6 +176,8 @@ def attention(
     cache: Cache | None,
     layer: int | Int[Array, ""],
     read_length: int,
+    mesh: Mesh | None = None,
+    platform: str = "cpu",
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """One attention layer; with a cache, keys and values are written first and read from it."""
     q = apply_rope(_project(params, "q", x, cfg.num_heads, cfg), *rope)
@@ -165,8 +193,9 @@ def attention(
             q, read(cache.k).astype(x.dtype), read(cache.v).astype(x.dtype), mask
         )
     elif impl == "splash":
-        interpret = jax.default_backend() == "cpu"
-        out = splash_attention(q, k, v, segment_ids, window, interpret).astype(x.dtype)
+        out = splash_attention(
+            q, k, v, segment_ids, window, mesh=mesh, interpret=platform == "cpu"
+        ).astype(x.dtype)
     elif impl == "cudnn":
         out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pr2jax.core.params import ParamSpec, fan_in, zeros
-from pr2jax.core.sharding import BATCH_AXES
+from pr2jax.core.sharding import BATCH_AXES, batch_shards
 from pr2jax.models import router
 from pr2jax.models.config import ModelConfig, MoEConfig
 from pr2jax.models.experts import BY_PLATFORM, ExpertWeights, apply_experts
@@ -73,11 +72,6 @@ def moe_specs(cfg: ModelConfig, repeats: int) -> dict:
     if moe.shared_dim:
         specs["shared"] = swiglu_specs(cfg, repeats, moe.shared_dim)
     return specs
-
-
-def batch_shards(mesh: Mesh) -> int:
-    """Devices that the rows of a batch are split over."""
-    return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
 def dispatch(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pr2jax.core.params import ParamSpec, fan_in, normal, ones
-from pr2jax.core.sharding import batch_sharding
+from pr2jax.core.sharding import batch_sharding, batch_shards
 from pr2jax.models.attention import (
     attention,
     attention_specs,
@@ -31,7 +31,6 @@ from pr2jax.models.layers import rms_norm, rope_tables, swiglu
 from pr2jax.models.moe import (
     MoEOptions,
     Record,
-    batch_shards,
     moe_layer,
     moe_specs,
     swiglu_specs,
@@ -166,6 +165,8 @@ def _block(params, x, cache, layer, routes, shift, *, spec, cfg, shared):
             cache=cache,
             layer=layer,
             read_length=shared["read_length"],
+            mesh=shared["options"].mesh,
+            platform=shared["options"].platform,
         )
         x = x + y
     h = rms_norm(x, params["ffn_norm"]["scale"], cfg.norm_eps)

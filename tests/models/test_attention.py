@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from pr2jax.core.sharding import MeshConfig, make_mesh
 from pr2jax.models import cache as cache_lib
 from pr2jax.models.attention import (
     attention,
@@ -128,5 +130,33 @@ def test_splash_equals_einsum(window):
 
     got = both(lambda q, k, v: splash_attention(q, k, v, segments, window, interpret=True))
     expected = both(lambda q, k, v: einsum_attention(q, k, v, packed_mask(segments, window)))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-4)
+
+
+@pytest.mark.parametrize("rows", [4, 3])
+def test_splash_on_a_mesh_equals_einsum(rows):
+    """Interpreted, data 4 x tensor 2: every device its own rows (3: all of them) and heads."""
+    mesh = make_mesh(MeshConfig(data=4, tensor=2))
+    keys = jax.random.split(jax.random.key(1), 4)
+    q, dy = (jax.random.normal(key, (rows, 128, 4, 64)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (rows, 128, 2, 64)) for key in keys[2:])
+    segments = jnp.asarray([np.repeat([1, 2, 0], [a, 100 - a, 28]) for a in range(20, 20 + rows)])
+    split = NamedSharding(mesh, PartitionSpec("data" if rows == 4 else None, None, "tensor"))
+
+    def both(fn, *args):
+        def run(q, k, v, dy):
+            out, pull = jax.vjp(fn, q, k, v)
+            return out, *pull(dy)
+
+        return jax.jit(run)(*args)
+
+    def kernel(q, k, v):
+        return splash_attention(q, k, v, segments, 0, mesh=mesh, interpret=True)
+
+    args = (q, k, v, dy)
+    got = both(kernel, *jax.device_put(args, split))
+    expected = both(lambda q, k, v: einsum_attention(q, k, v, packed_mask(segments, 0)), *args)
+    assert got[0].sharding.is_equivalent_to(split, 4)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-4)
