@@ -30,6 +30,9 @@ class SFTConfig:
       row_length: tokens a row.
       eval_every: steps between held-out evaluations (0: only at the end).
       max_skipped_in_row: non-finite steps in a row that stop the run.
+      load_balance_coef, z_coef: weights of the router's auxiliary losses (mean over MoE layers).
+      bias_update_rate: step of the selection bias after each update (0: none; needs such a
+        router).
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -38,6 +41,9 @@ class SFTConfig:
     row_length: int = 256
     eval_every: int = 0
     max_skipped_in_row: int = 5
+    load_balance_coef: float = 0.01
+    z_coef: float = 0.0
+    bias_update_rate: float = 0.0
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(learning_rate=2e-3, warmup_steps=20)
     )
@@ -47,8 +53,9 @@ class SFTConfig:
         for key in ("steps", "batch", "row_length", "max_skipped_in_row"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}: must be at least 1, got {getattr(self, key)}")
-        if self.eval_every < 0:
-            raise ConfigError(f"eval_every: must be >= 0, got {self.eval_every}")
+        for key in ("eval_every", "load_balance_coef", "z_coef", "bias_update_rate"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"{key}: must be >= 0, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,14 @@ class Config:
                 )
         if self.mode in ("rl", "sft_then_rl"):
             self._validate_rl()
+        if self.mode == "sft_then_rl" and (self.sft.eval_every or self.sft.task.held_out):
+            raise ConfigError(
+                "sft.task.held_out: mode 'sft_then_rl' evaluates rl_task's; leave it and "
+                "sft.eval_every at 0"
+            )
+        biased = self.model.moe is not None and self.model.moe.selection_bias
+        if self.mode in ("sft", "sft_then_rl") and self.sft.bias_update_rate and not biased:
+            raise ConfigError("sft.bias_update_rate: the model's router has no selection bias")
         if self.mode == "generate" and not (self.generate.prompts or self.generate.task):
             raise ConfigError("generate.prompts: mode 'generate' needs prompts, or generate.task")
         if self.mode == "generate" and not self.init_from:

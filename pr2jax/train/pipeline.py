@@ -13,9 +13,13 @@ import os
 import time
 from typing import Any
 
+import numpy as np
+
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import versions
 from pr2jax.core.metrics import write_summary
+from pr2jax.core.optim import learning_rate
+from pr2jax.evaluation.passk import PASS_SCORE, paired_interval
 from pr2jax.tasks.base import Problem, Task
 from pr2jax.tasks.registry import build_task
 from pr2jax.train import report
@@ -99,7 +103,7 @@ def _summary(session: Session, **figures: Any) -> dict[str, Any]:
         "versions": versions(),
         "compute_dtype": session.dtype.name,
         "config": session.config_json,
-        "wall_seconds": round(time.monotonic() - session.started, 1),
+        "wall_seconds": round(session.wall_seconds(), 1),
     }
     write_summary(session.workdir, summary)
     return summary
@@ -111,6 +115,13 @@ def _stage(outcome: Outcome) -> dict[str, Any]:
 
 def _figures(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if evaluation is None else evaluation["metrics"]
+
+
+def _gain(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    """What pass@1 gained, problem by problem: {value, low, high}."""
+    share = lambda e: np.array([np.mean(np.array(r["scores"]) >= PASS_SCORE) for r in e["samples"]])
+    gain = paired_interval(share(before), share(after))
+    return {"value": gain.mean, "low": gain.low, "high": gain.high}
 
 
 def _log_sizes(name: str, task: Task) -> None:
@@ -154,13 +165,13 @@ def run_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
 def run_sft_then_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
     """SFT on sft.task, RL on rl_task, and for honesty SFT continued for RL's wall time.
 
-    The two tasks share no held-out question; sft.task also holds no training question of rl_task
-    back, since RL never sees its solutions. Writes report.html and summary.json with the held-out
-    figures of all three on rl_task.
+    The two tasks share no question, so no solution of rl_task is ever seen. Writes report.html
+    and summary.json with the held-out figures of all three on rl_task, and RL's gains over both,
+    paired by problem.
     """
     with open_session(cfg, workdir) as session:
         hard = build_task(cfg.rl_task)
-        easy = build_task(cfg.sft.task, exclude=hard.held_out)
+        easy = build_task(cfg.sft.task, exclude=[*hard.train, *hard.held_out])
         _log_sizes(f"SFT on {cfg.sft.task.name}", easy)
         _log_sizes(f"RL on {cfg.rl_task.name}", hard)
         evaluator = _evaluator(session, hard.held_out)
@@ -189,6 +200,8 @@ def run_sft_then_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
             start=_figures(start),
             end=_figures(end),
             sft_continued_end=_figures(other),
+            gain=_gain(start, end),
+            gain_over_sft_continued=_gain(other, end),
         )
         report.write_comparison(session, summary, start, end, other)
 
@@ -202,8 +215,10 @@ def _copy(tree):
 def _continue_sft(session: Session, task: Task, warm: Outcome, seconds: float) -> Outcome:
     """SFT from where it ended, its optimizer's moments kept, for `seconds` of wall time."""
     log.info("SFT continued for the same %.0f s", seconds)
-    # A schedule that had ended would make this no comparison.
-    optim = dataclasses.replace(session.cfg.sft.optim, schedule="constant", warmup_steps=0)
+    # At the rate where the warm-up ended; a schedule that had ended at 0 would be no comparison.
+    cfg = session.cfg.sft
+    rate = max(float(learning_rate(cfg.optim, cfg.steps - 1)), 0.1 * cfg.optim.learning_rate)
+    optim = dataclasses.replace(cfg.optim, schedule="constant", warmup_steps=0, learning_rate=rate)
     trainer = SFTTrainer(
         session,
         task.train,

@@ -282,8 +282,16 @@ def write_comparison(
         ),
         *_rl_tiles(rl, session.cfg.rl.mini_steps),
     ]
+    gains = page.table(
+        ["RL's gain in pass@1, paired by problem", ""],
+        [
+            ["over the start", _interval(summary["gain"])],
+            ["over SFT continued", _interval(summary["gain_over_sft_continued"])],
+        ],
+    )
+    outcome = _outcome_section(stages)
     sections = [
-        _outcome_section(stages),
+        Section(outcome.title, [*outcome.blocks, gains]),
         *_rl_sections(session, rl, sft),
         _transcripts(session, start, end),
         _run_section(summary, session),

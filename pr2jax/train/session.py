@@ -41,6 +41,8 @@ from pr2jax.train.loop import CHECKPOINTS
 
 log = logging.getLogger("pr2jax")
 
+_WALL = "wall.json"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Session:
@@ -54,6 +56,7 @@ class Session:
     specs: Tree
     shardings: Tree | None
     started: float
+    before: float
 
     @functools.cached_property
     def sampler(self) -> Sampler:
@@ -118,8 +121,13 @@ class Session:
             )
         return ids
 
+    def wall_seconds(self) -> float:
+        """Wall time of this run so far, that of earlier processes in the same folder included."""
+        return self.before + time.monotonic() - self.started
+
     def close(self) -> None:
-        """Stops the worker processes."""
+        """Stops the worker processes and writes down the wall time for a resume."""
+        (self.workdir / _WALL).write_text(json.dumps({"wall_seconds": self.wall_seconds()}))
         if "pool" in self.__dict__:
             self.pool.close()
 
@@ -213,7 +221,9 @@ def open_session(
     shardings = None if mesh is None else param_shardings(specs, mesh)
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    session = Session(cfg, workdir, tokenizer, mesh, dtype, specs, shardings, started)
+    wall = workdir / _WALL
+    before = float(json.loads(wall.read_text())["wall_seconds"]) if wall.exists() else 0.0
+    session = Session(cfg, workdir, tokenizer, mesh, dtype, specs, shardings, started, before)
     (workdir / "config.json").write_text(json.dumps(session.config_json, indent=1))
     found = versions()
     log.info("devices: %d x %s; jax %s", found["devices"], found["device_kind"], found["jax"])

@@ -23,6 +23,7 @@ class Letters:
 
     vocab_size = VOCAB
     eos_id = pad_id = 0
+    bos_id = None
 
     def encode(self, text):
         return [ord(c) - ord("a") for c in text]

@@ -1,0 +1,93 @@
+"""The SFT loss on packed rows against each example by itself; what moves and what does not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pr2jax.core import rng
+from pr2jax.core.optim import OptimConfig, build_optimizer
+from pr2jax.core.params import init_params
+from pr2jax.core.state import create
+from pr2jax.data.packing import Example, pack
+from pr2jax.models.config import ModelConfig, MoEConfig
+from pr2jax.models.logprobs import logits
+from pr2jax.models.transformer import forward, param_specs, selection_biases
+from pr2jax.train.config import SFTConfig
+from pr2jax.train.sft import make_sft_step, sft_loss
+
+MODEL = ModelConfig(
+    vocab_size=20,
+    d_model=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    moe=MoEConfig(num_experts=8, top_k=2, expert_dim=16, score="sigmoid", selection_bias=True),
+)
+PLAIN = SFTConfig(load_balance_coef=0.0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(param_specs(MODEL), rng.root(0))
+
+
+@pytest.fixture(scope="module")
+def examples():
+    random = np.random.default_rng(0)
+    made = []
+    for prompt, answer in ((3, 4), (5, 2), (2, 6), (4, 4), (6, 1)):
+        tokens = random.integers(0, 20, prompt + answer).tolist()
+        made.append(Example(tokens, [0] * prompt + [1] * answer))
+    return made
+
+
+def test_packed_loss_is_the_mean_over_the_targets_of_examples_alone(params, examples):
+    rows, _ = pack(examples, 16, pad_id=0)
+    assert len(rows.tokens) < len(examples)
+    loss_fn = jax.jit(
+        lambda p, b: sft_loss(p, b, model=MODEL, cfg=PLAIN, dtype=jnp.float32, mesh=None)
+    )
+    loss, (metrics, _) = loss_fn(params, rows)
+    total, count = 0.0, 0
+    alone = jax.jit(lambda p, t: logits(p, _hidden(p, t), MODEL))
+    for example in examples:
+        tokens = np.array(example.tokens)
+        padded = np.zeros((1, 16), np.int32)
+        padded[0, : len(tokens)] = tokens
+        out = np.asarray(alone(params, padded), np.float64)[0]
+        logp = out - np.log(np.exp(out).sum(-1, keepdims=True))
+        for t in np.flatnonzero(example.loss_mask):
+            total, count = total - logp[t - 1, tokens[t]], count + 1
+    assert float(loss) == pytest.approx(total / count, rel=1e-5)
+    assert float(metrics["loss"][1]) == count == 17
+    assert float(metrics["tokens"][0]) == sum(len(e.tokens) for e in examples)
+
+
+def _hidden(params, tokens):
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return forward(params, tokens, position, jnp.ones_like(tokens), cfg=MODEL).hidden
+
+
+def test_router_losses_are_added_and_biases_move_by_their_rule(params, examples):
+    rows, _ = pack(examples, 16, pad_id=0)
+    cfg = dataclasses.replace(PLAIN, load_balance_coef=0.5, z_coef=0.25, bias_update_rate=0.125)
+    optim = OptimConfig(learning_rate=0.0)
+    optimizer = build_optimizer(optim, params)
+    step = make_sft_step(MODEL, cfg, optimizer, dtype=jnp.float32, mesh=None)
+    state, metrics = step(create(jax.tree.map(jnp.copy, params), optimizer), rows)
+    whole, (found, load) = jax.jit(
+        lambda p, b: sft_loss(p, b, model=MODEL, cfg=cfg, dtype=jnp.float32, mesh=None)
+    )(params, rows)
+    value = {k: float(s) / float(w) for k, (s, w) in found.items()}
+    expected = value["loss"] + 0.5 * value["load_balance"] + 0.25 * value["router_z"]
+    assert float(whole) == pytest.approx(expected, rel=1e-6)
+    load = np.asarray(load)
+    assert load.sum(axis=1) == pytest.approx([2 * value["tokens"]] * 2)
+    assert value["load_max"] == pytest.approx((load.max(1) / load.mean(1)).max())
+    moved = 0.125 * np.sign(load.mean(axis=1, keepdims=True) - load)
+    np.testing.assert_array_equal(selection_biases(state.params, MODEL), moved)
+    assert float(metrics["skipped"][0]) == 0.0
