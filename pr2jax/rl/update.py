@@ -278,14 +278,18 @@ def _with_predictor(grads: Tree, grad: Array | None, params: Tree, cfg: ModelCon
     return map_with_path(pick, grads, own)
 
 
-def _with_biases(new: Tree, old: Tree, load: Array | None, step: _Step) -> Tree:
-    """Selection biases move by their own rule from the experts' load, or stay."""
-    biases = selection_biases(old, step.model)
+def with_selection_biases(
+    new: Tree, old: Tree, load: Float[Array, "L E"] | None, model: ModelConfig, rate: float
+) -> Tree:
+    """`new`, but selection biases move from `old` by their own rule, or stay (rate 0).
+
+    `load`: assignments an expert (`RouterOutput.load`); read only for a rate above 0.
+    """
+    biases = selection_biases(old, model)
     if biases is None:
         return new
-    rate = step.rl.bias_update_rate
     moved = update_selection_bias(biases, load, rate) - biases if rate else jnp.zeros_like(biases)
-    delta = jax.vjp(lambda tree: selection_biases(tree, step.model), old)[1](moved)[0]
+    delta = jax.vjp(lambda tree: selection_biases(tree, model), old)[1](moved)[0]
     pick = lambda path, n, o, d: o + d if path.endswith("router/selection_bias") else n
     return map_with_path(pick, new, old, delta)
 
@@ -357,7 +361,9 @@ def make_mini_step(
         grads, metrics, active = _finish(total, state.params, step, active)
         gate = {PREDICTOR_GROUP: active} if PREDICTOR_GROUP in optimizer.trained else None
         params, opt_state, moved = optimizer.update(grads, state.opt_state, state.params, gate)
-        params = _with_biases(params, state.params, total.load, step)
+        params = with_selection_biases(
+            params, state.params, total.load, model_cfg, rl_cfg.bias_update_rate
+        )
         ok = all_finite(total.loss, grads)
         new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         metrics |= moved
