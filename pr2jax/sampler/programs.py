@@ -75,17 +75,26 @@ class Programs:
         """Most programs for one kind of draw, one size of features, with or without a shift."""
         return 2 * len(self.prompt_lengths) + len(self.read_lengths) + 1
 
-    def _count(self, name: str, *signature) -> None:
-        if (name, *signature) in self._seen:
+    def _count(self, name: str, **signature) -> None:
+        key = (name, *signature.values())
+        if key in self._seen:
             return
-        self._seen.add((name, *signature))
+        self._seen.add(key)
         self.stats["programs"] += 1
-        count, bound = self.stats["programs"], self.bound()
-        log.info("sampler: program %d (of %d a kind) is %s %s", count, bound, name, signature)
+        told = ", ".join(f"{k} {v}" for k, v in signature.items())
+        log.info(
+            "sampler: program %d is %s (%s); at most %d for one kind of draw",
+            self.stats["programs"],
+            name,
+            told,
+            self.bound(),
+        )
 
     @staticmethod
-    def _kind(draw: Draw) -> tuple:
-        return draw.greedy, draw.truncate, len(draw.stop_ids)
+    def _kind(draw: Draw) -> dict:
+        kinds = {"greedy": draw.greedy, "truncated": draw.truncate}
+        told = " ".join(name for name, on in kinds.items() if on)
+        return {"draw": told or "plain", "stop ids": len(draw.stop_ids)}
 
     def init_features(self, rows: int, capacity: int) -> RouterFeatures | None:
         """Empty features of `rows` responses, or None for no capacity."""
@@ -97,14 +106,14 @@ class Programs:
         lengths = np.zeros(self.prefill_rows, np.int32)
         for i, prompt in enumerate(prompts):
             tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-        self._count("prefill", width, shift is not None)
+        self._count("prefill", width=width, shifted=shift is not None)
         self.stats["prefills"] += 1
         self.stats["prefill_rows"] += len(prompts)
         return self._prefill(params, tokens, lengths, shift)
 
     def fan_out(self, state, prefix, entry: decode.Admission, max_tokens: int, draw: Draw):
         """`decode.fan_out`."""
-        self._count("fan_out", prefix.tokens.shape[1], *self._kind(draw))
+        self._count("fan_out", width=prefix.tokens.shape[1], **self._kind(draw))
         self.stats["fan_outs"] += 1
         return self._fan_out(state, prefix, entry, np.int32(max_tokens), draw)
 
@@ -112,7 +121,13 @@ class Programs:
         """`decode.decode_chunk` reading at least `longest` of the cache; status as numpy."""
         read = next(r for r in self.read_lengths if r >= longest)
         size = (0, 0) if features is None else features.positions.shape
-        self._count("decode", read, *self._kind(draw), *size, shift is not None)
+        self._count(
+            "decode",
+            reads=read,
+            **self._kind(draw),
+            features=f"{size[0]} x {size[1]}",
+            shifted=shift is not None,
+        )
         state, features, status = self._decode(
             params, state, features, draw, cancel, shift, read_length=read
         )
@@ -123,5 +138,5 @@ class Programs:
 
     def read_out(self, state, slots):
         """`decode.read_out`, as numpy."""
-        self._count("read_out")
+        self._count("read_out", slots=len(slots))
         return jax.device_get(self._read_out(state, slots))
