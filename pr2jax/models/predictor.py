@@ -6,7 +6,8 @@ moved by the time they are trained on: rho_hat = softmax(p_old + h_old W_p) (Eq.
 
     KL( stop_gradient(softmax(p_now)) || softmax(p_old + stop_gradient(h_old) W_p) )
 
-with p_now the live router's logits at the same token of the current mini-step.
+with p_now the live router's logits at the same token of the current mini-step. Where something
+else shifts the selection too (lookahead), its part stands beside p_old, and W_p learns the rest.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def predictor_loss(
     logits_now: Float[Array, "L B C E"],
     token_weights: Float[Array, "L B C"] | None = None,
     gates: Float[Array, " L"] | None = None,
+    beside: Float[Array, "L D E"] | None = None,
 ) -> tuple[Float[Array, " L"], Float[Array, " L"]]:
     """The predictor's loss (PR2, Eq. 7-8) as per-layer sums and weights over the kept tokens.
 
@@ -92,6 +94,7 @@ def predictor_loss(
       logits_now: p_now, the live router's logits at the same tokens.
       token_weights: relative weights of the tokens; equal when None.
       gates: gamma_l on h W_p; 1 when None.
+      beside: the part S of the selection shift that is not W_p's: h S is added to p_old.
     """
     # Whatever lies at unused places must not reach a sum or a gradient, NaN included.
     clean = lambda x: jnp.where(features.mask[None, ..., None], jax.lax.stop_gradient(x), 0.0)
@@ -99,6 +102,9 @@ def predictor_loss(
     shift = jnp.einsum("lbcd,lde->lbce", h, w_p, precision=jax.lax.Precision.HIGHEST)
     if gates is not None:
         shift = shift * gates[:, None, None, None]
+    if beside is not None:
+        known = jax.lax.stop_gradient(beside)
+        shift = shift + jnp.einsum("lbcd,lde->lbce", h, known, precision=jax.lax.Precision.HIGHEST)
     student = jax.nn.log_softmax(clean(features.logits) + shift, axis=-1)
     teacher = jax.nn.log_softmax(clean(logits_now), axis=-1)
     kl = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)

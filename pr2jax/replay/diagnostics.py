@@ -83,7 +83,10 @@ def shift_ratio(
     logits: Float[Array, "L B C E"],
     mask: Bool[Array, "B C"],
 ) -> Metrics:
-    """|h S| / |p|, Euclidean norms over experts: how hard the shift pushes, by layer."""
+    """|h S| / |p|, Euclidean norms over experts: how hard the shift pushes, by layer.
+
+    `inputs` and `logits` are those that the shift met, of the old policy.
+    """
     push = jnp.einsum("lbcd,lde->lbce", inputs.astype(jnp.float32), shift)
     size = jnp.linalg.norm(logits, axis=-1)
     ratio = jnp.linalg.norm(push, axis=-1) / jnp.maximum(size, 1e-30)

@@ -9,8 +9,9 @@
 | lookahead | the sampler | p + kappa h dW_r |
 | pr2+lookahead | the sampler | p + h (gamma_l W_p + kappa dW_r) |
 
-A recorded route is forced in every mini-step; gate weights always come from the live, un-shifted
-router. (A frozen router, the sixth baseline, is `optim.trainable`, not a mode.)
+With both shifts W_p learns what kappa dW_r leaves. A recorded route is forced in every mini-step;
+gate weights always come from the live, un-shifted router. (A frozen router, the sixth baseline, is
+`optim.trainable`, not a mode.)
 """
 
 from __future__ import annotations
@@ -146,12 +147,24 @@ def selection_shift(
     """
     if not todo.shifted:
         return None
-    shift = jnp.float32(0.0)
+    ahead = lookahead_shift(todo, params, model_cfg, optim_cfg, opt_state)
+    shift = jnp.float32(0.0) if ahead is None else ahead
     if todo.predictor:
         w_p = predictor_params(params, model_cfg).astype(jnp.float32)
         shift = shift + gates(todo, model_cfg)[:, None, None] * w_p
-    if todo.lookahead:
-        steps = adam_direction(optim_cfg, opt_state, params, ROUTER_PATTERN)
-        moved = map_with_path(lambda path, leaf: steps.get(path, leaf), params)
-        shift = shift + todo.lookahead * router_params(moved, model_cfg)
     return shift
+
+
+def lookahead_shift(
+    todo: ReplayPlan,
+    params: Tree,
+    model_cfg: ModelConfig,
+    optim_cfg: OptimConfig,
+    opt_state: OptState,
+) -> Float[Array, "L D E"] | None:
+    """The part kappa dW_r of `selection_shift`, which W_p need not learn; None without one."""
+    if not todo.lookahead:
+        return None
+    steps = adam_direction(optim_cfg, opt_state, params, ROUTER_PATTERN)
+    moved = map_with_path(lambda path, leaf: steps.get(path, leaf), params)
+    return todo.lookahead * router_params(moved, model_cfg)

@@ -22,7 +22,7 @@ from pr2jax.sampler.types import Rollout
 
 
 def map_rows(fn: Callable[[Array, int], Array], batch: LearnerBatch) -> LearnerBatch:
-    """fn(array, row axis) on every array of an unsplit batch."""
+    """fn(array, row axis) on every array that has rows, of an unsplit batch."""
     features = batch.features
     if features is not None:
         features = RouterFeatures(
@@ -33,8 +33,15 @@ def map_rows(fn: Callable[[Array, int], Array], batch: LearnerBatch) -> LearnerB
         )
     routes = None if batch.routes is None else fn(batch.routes, 1)
     logged = None if batch.logged is None else fn(batch.logged, 1)
-    rest = jax.tree.map(lambda x: fn(x, 0), batch.replace(routes=None, features=None, logged=None))
-    return rest.replace(routes=routes, features=features, logged=logged)
+    rest = batch.only_rows().replace(routes=None, features=None, logged=None)
+    rest = jax.tree.map(lambda x: fn(x, 0), rest)
+    return rest.replace(
+        routes=routes,
+        features=features,
+        logged=logged,
+        shift=batch.shift,
+        lookahead=batch.lookahead,
+    )
 
 
 def _fit(x: np.ndarray, length: int, axis: int = 1) -> np.ndarray:

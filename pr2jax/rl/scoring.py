@@ -85,7 +85,7 @@ def score(
         routes = None if out.routes is None else out.routes.astype(jnp.uint16)
         return Scores(logp, routes, features)
 
-    found = jax.lax.map(one, (batch.replace(features=None), places))
+    found = jax.lax.map(one, (batch.only_rows().replace(features=None), places))
     features = found.features
     if features is not None:
         features = RouterFeatures(

@@ -153,6 +153,8 @@ class LearnerBatch:
       routes: recorded experts [L, B, T, K] (micro-split: [n, L, b, T, K]), or None.
       features: router features of the recorded routes, or None.
       logged: routes of the sampler that are measured against and not replayed, or None.
+      shift: what the sampler selected by, p + h @ shift, or None; of the batch, not of its rows.
+      lookahead: the part of `shift` that is not the predictor's, or None.
     """
 
     tokens: Int[Array, "B T"]
@@ -165,6 +167,12 @@ class LearnerBatch:
     routes: Int[Array, "L B T K"] | None
     features: RouterFeatures | None
     logged: Int[Array, "L B T K"] | None = None
+    shift: Float[Array, "L D E"] | None = None
+    lookahead: Float[Array, "L D E"] | None = None
+
+    def only_rows(self) -> LearnerBatch:
+        """The batch without what is not of its rows: every leaf that is left has a row axis."""
+        return self.replace(shift=None, lookahead=None)
 
     @property
     def positions(self) -> Int[Array, "B T"]:

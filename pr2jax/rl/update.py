@@ -199,16 +199,13 @@ def _predictor_terms(params: Tree, batch: LearnerBatch, logits_now: Array, step:
 
     def total(w_p):
         sums, counts = predictor_loss(
-            w_p, batch.features, logits_now, weights, gates(todo, step.model)
+            w_p, batch.features, logits_now, weights, gates(todo, step.model), batch.lookahead
         )
         return jnp.sum(sums), (sums, counts)
 
     w_p = predictor_params(params, step.model).astype(jnp.float32)
     grad, (sums, counts) = jax.grad(total, has_aux=True)(w_p)
-    # The forced forward has no shift, so |h W_p| / |p| is taken where the features were.
-    shift = gates(todo, step.model)[:, None, None] * w_p
-    ratio = shift_ratio(batch.features.inputs, shift, batch.features.logits, batch.features.mask)
-    return grad, sums, counts, ratio
+    return grad, sums, counts
 
 
 def _flips(
@@ -238,9 +235,11 @@ def _micro_sums(params: Tree, batch: LearnerBatch, weights, share, step: _Step) 
     if batch.features is not None:
         logits_now = jax.lax.stop_gradient(router.logits)
         metrics = metrics | _flips(params, batch, router, logits_now, step)
+        if batch.shift is not None:
+            old = batch.features
+            metrics |= shift_ratio(old.inputs, batch.shift, old.logits, old.mask)
         if plan(step.replay).predictor:
-            predictor_grad, sums, counts, ratio = _predictor_terms(params, batch, logits_now, step)
-            metrics = metrics | ratio
+            predictor_grad, sums, counts = _predictor_terms(params, batch, logits_now, step)
     return _Sums(grads, loss, predictor_grad, sums, counts, router.load, metrics)
 
 
@@ -255,7 +254,8 @@ def accumulate(params: Tree, batch: LearnerBatch, step: _Step) -> _Sums:
     shares = real / jnp.maximum(jnp.sum(real), 1.0)
 
     def micro(i):
-        one = jax.tree.map(lambda x: x[i], batch)
+        one = jax.tree.map(lambda x: x[i], batch.only_rows())
+        one = one.replace(shift=batch.shift, lookahead=batch.lookahead)
         return _micro_sums(params, one, weights[i], shares[i], step)
 
     if batch.tokens.shape[0] == 1:
@@ -356,6 +356,8 @@ def make_mini_step(
             raise ValueError(f"mode {replay_cfg.mode!r}: routes must be given iff it replays them")
         if todo.predictor and batch.features is None:
             raise ValueError(f"mode {replay_cfg.mode!r} needs router features in the batch")
+        if todo.predictor and todo.lookahead and batch.lookahead is None:
+            raise ValueError(f"mode {replay_cfg.mode!r} needs the lookahead in the batch")
         total = accumulate(state.params, batch, step)
         active = jnp.asarray(predictor_active, bool) & todo.predictor
         grads, metrics, active = _finish(total, state.params, step, active)

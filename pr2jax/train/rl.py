@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pr2jax.core.config import ConfigError
 from pr2jax.core.metrics import merge
@@ -23,7 +24,7 @@ from pr2jax.core.state import TrainState, create
 from pr2jax.data.packing import BatchOrder
 from pr2jax.evaluation.runner import score_rollout
 from pr2jax.models.predictor import RouterFeatures
-from pr2jax.replay.modes import plan, selection_shift
+from pr2jax.replay.modes import lookahead_shift, plan, selection_shift
 from pr2jax.replay.routes import save_routes
 from pr2jax.rl.advantages import group_advantages, zero_variance
 from pr2jax.rl.batch import (
@@ -85,9 +86,12 @@ class RLTrainer:
             dtype=session.dtype,
             mesh=session.mesh,
         )
-        self._shift = jax.jit(
-            lambda params, opt: selection_shift(self.plan, params, cfg.model, cfg.rl.optim, opt)
-        )
+
+        def shifts(params, opt_state):
+            old = (self.plan, params, cfg.model, cfg.rl.optim, opt_state)
+            return selection_shift(*old), lookahead_shift(*old)
+
+        self._shifts = jax.jit(shifts)
         self._reference = None
         self._mismatch: float | None = None
         self._decided: tuple[bool, bool] | None = None
@@ -104,11 +108,13 @@ class RLTrainer:
         """One rollout batch: sample, verify, learn."""
         times = {"start": time.monotonic()}
         chosen = self.order.at(index)
-        rollout, features = self._sample(state, index, chosen)
+        shift, lookahead = self._shifts(state.params, state.opt_state)
+        rollout, features = self._sample(state, index, chosen, shift)
         times["sample"] = time.monotonic()
         rollout, failures = self._verify(rollout, chosen)
         times["verify"] = time.monotonic()
-        state, learned = self._learn(state, index, rollout, features)
+        known = {"shift": shift, "lookahead": lookahead}
+        state, learned = self._learn(state, index, rollout, features, known)
         times["learn"] = time.monotonic()
         if self.session.cfg.loop.save_routes and rollout.routes is not None:
             self._save_routes(rollout, index, chosen)
@@ -117,7 +123,7 @@ class RLTrainer:
         return state, {k: (float(v), 1.0) for k, v in metrics.items()} | learned
 
     def _sample(
-        self, state: TrainState, index: int, chosen: np.ndarray
+        self, state: TrainState, index: int, chosen: np.ndarray, shift: Array | None
     ) -> tuple[Rollout, RouterFeatures | None]:
         cfg = self.cfg
         recorded = self.session.cfg.replay.features == "recorded"
@@ -129,7 +135,7 @@ class RLTrainer:
             key=self.session.key("rollout"),
             request_offset=index * cfg.rows,
             policy_version=index * cfg.mini_steps,
-            shift=self._shift(state.params, state.opt_state) if self.plan.shifted else None,
+            shift=shift,
             feature_tokens=self.plan.features if recorded else 0,
         )
         ids = np.repeat(chosen, cfg.samples_per_prompt).astype(np.int32)
@@ -144,7 +150,12 @@ class RLTrainer:
         return scored, _failures(pool) - before
 
     def _learn(
-        self, state: TrainState, index: int, rollout: Rollout, features: RouterFeatures | None
+        self,
+        state: TrainState,
+        index: int,
+        rollout: Rollout,
+        features: RouterFeatures | None,
+        known: dict[str, Array | None],
     ) -> tuple[TrainState, dict[str, Any]]:
         cfg = self.cfg
         batch = make_batch(
@@ -153,7 +164,7 @@ class RLTrainer:
             bucket=cfg.length_bucket,
             use_routes=self.plan.recorder == "sampler",
             features=features,
-        )
+        ).replace(**known)
         batch = self._scored(state.params, batch, rollout, index)
         silent = zero_variance(rollout.rewards, rollout.group_ids)
         keep = ~silent if cfg.filter_zero_variance else np.ones_like(silent)

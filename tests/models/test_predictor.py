@@ -35,7 +35,7 @@ def softmax64(x):
     return x / x.sum()
 
 
-def brute(w_p, features, now, weights=None, gates=None):
+def brute(w_p, features, now, weights=None, gates=None, beside=None):
     """Token by token, layer by layer, in float64."""
     h = np.asarray(features.inputs.astype(jnp.float32), np.float64)
     sums, totals = np.zeros(L), np.zeros(L)
@@ -48,19 +48,22 @@ def brute(w_p, features, now, weights=None, gates=None):
                 w = 1.0 if weights is None else weights[layer, b, c]
                 p = softmax64(np.float64(now[layer, b, c]))
                 delta = gate * h[layer, b, c] @ np.float64(w_p[layer])
+                if beside is not None:
+                    delta = delta + h[layer, b, c] @ np.float64(beside[layer])
                 q = softmax64(np.float64(features.logits[layer, b, c]) + delta)
                 sums[layer] += w * np.sum(p * np.log(p / q))
                 totals[layer] += w
     return sums, totals
 
 
-@pytest.mark.parametrize("weighted,gated", [(False, False), (True, True)])
-def test_loss_matches_float64(weighted, gated):
+@pytest.mark.parametrize("weighted,gated,ahead", [(0, 0, 0), (1, 1, 0), (0, 1, 1)])
+def test_loss_matches_float64(weighted, gated, ahead):
     w_p, features, now = make()
     weights = np.random.default_rng(1).random((L, B, C)).astype(np.float32) if weighted else None
     gates = np.array([1.0, 0.6, 0.1], np.float32) if gated else None
-    sums, totals = jax.jit(predictor_loss)(w_p, features, now, weights, gates)
-    want_sums, want_totals = brute(w_p, features, now, weights, gates)
+    beside = np.float32(0.2) * w_p[::-1] if ahead else None
+    sums, totals = jax.jit(predictor_loss)(w_p, features, now, weights, gates, beside)
+    want_sums, want_totals = brute(w_p, features, now, weights, gates, beside)
     np.testing.assert_allclose(sums, want_sums, rtol=2e-6)
     np.testing.assert_allclose(totals, want_totals, rtol=1e-6)
 

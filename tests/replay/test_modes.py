@@ -8,7 +8,7 @@ from pr2jax.core.config import ConfigError
 from pr2jax.core.optim import OptimConfig, ParamGroup, build_optimizer
 from pr2jax.models.config import ModelConfig, MoEConfig
 from pr2jax.models.transformer import param_specs
-from pr2jax.replay.modes import ReplayConfig, check_model, plan, selection_shift
+from pr2jax.replay.modes import ReplayConfig, check_model, lookahead_shift, plan, selection_shift
 
 MOE = MoEConfig(num_experts=4, top_k=2, expert_dim=8)
 # MoE at layers 1 and 3 and (alone in its segment) nowhere else: two kinds of block, one MoE each.
@@ -120,3 +120,7 @@ def test_selection_shift(trained):
     np.testing.assert_allclose(ahead, 5.0 * want, rtol=2e-5, atol=1e-7)
     both = shift(mode="pr2+lookahead", kappa=5.0)
     np.testing.assert_allclose(both, w_p + 5.0 * want, rtol=2e-5, atol=1e-6)
+    # The part that W_p need not learn: dW_r's, whatever W_p holds.
+    part = lambda **kw: lookahead_shift(plan(ReplayConfig(**kw)), params, MODEL, cfg, state)
+    assert part(mode="pr2") is None
+    np.testing.assert_array_equal(part(mode="pr2+lookahead", kappa=5.0), ahead)

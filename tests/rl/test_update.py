@@ -17,7 +17,7 @@ from pr2jax.replay.modes import ReplayConfig, plan, selection_shift
 from pr2jax.rl.batch import put_batch, split_micro, take_rows
 from pr2jax.rl.update import make_mini_step
 from tests.rl import tiny
-from tests.rl.tiny import MODEL, K, leaves, value
+from tests.rl.tiny import MODEL, E, K, leaves, value
 
 PR2 = ReplayConfig(mode="pr2", feature_tokens=tiny.LENGTH)
 R3 = ReplayConfig(mode="r3")
@@ -259,6 +259,49 @@ def test_predictor_learns_the_drift(world, pr2_step):
     layers = sum(value(metrics, f"predictor_loss/layer_{i}") for i in range(tiny.L))
     np.testing.assert_allclose(layers, seen[-1], rtol=1e-5)
     assert_same(state.params, drifted, but=("predictor",))
+
+
+def test_with_lookahead_the_predictor_learns_what_it_leaves(world, sgd):
+    """Loss, W_p's gradient and the shift's size in float64; flips stay on un-shifted logits."""
+    params, optimizer, batch = world
+    rng = np.random.default_rng(4)
+    draw = lambda size: jnp.asarray(size * rng.normal(size=(tiny.L, tiny.D, E)), jnp.float32)
+    ahead, w_p = draw(0.2), draw(0.1)
+    start = map_with_path(lambda p, x: w_p if "predictor" in p else x, moved(params, 0.05))
+    cfg = ReplayConfig(
+        mode="pr2+lookahead",
+        feature_tokens=tiny.LENGTH,
+        depth_gate="linear",
+        depth_floor=0.5,
+    )
+    gates = np.array([1.0, 0.5])[:, None, None]
+    optimizer, steps = sgd
+    state = tiny.make_state(start, optimizer)
+    step = build(optimizer, cfg, micro_batch=4)
+    with pytest.raises(ValueError, match="lookahead"):
+        step(state, split_micro(batch, 4), True)
+    given = batch.replace(shift=gates.astype(np.float32) * w_p + ahead, lookahead=ahead)
+    after, metrics = step(state, split_micro(given, 4), True)
+
+    args = (batch.tokens, batch.positions, batch.segment_ids)
+    run = tiny.fast(lambda p: forward(p, *args, cfg=MODEL, routes=batch.routes, record=Record()))
+    mask = tiny.response_places(batch)[1]
+    now = np.float64(run(start).router.logits)[:, mask]
+    old = np.float64(batch.features.logits)[:, mask]
+    h = np.asarray(batch.features.inputs, np.float64)[:, mask]
+    push = h @ (gates * np.float64(w_p) + np.float64(ahead))
+    softmax = lambda x: np.exp(x - np.log(np.exp(x).sum(-1, keepdims=True)))
+    teacher, student = softmax(now), softmax(old + push)
+    loss = np.sum(teacher * np.log(teacher / student), axis=-1).mean(1)
+    np.testing.assert_allclose(value(metrics, "predictor_loss"), loss.sum(), rtol=1e-4)
+    grad = gates * np.einsum("ltd,lte->lde", h, student - teacher) / mask.sum()
+    (new,) = leaves(after.params, "predictor").values()
+    np.testing.assert_allclose(np.asarray(w_p) - new, grad, atol=2e-6)
+    ratio = np.linalg.norm(push, axis=-1) / np.linalg.norm(old, axis=-1)
+    np.testing.assert_allclose(value(metrics, "shift_ratio"), ratio.mean(), rtol=1e-5)
+    _, plain = steps[8](state, split_micro(batch.replace(ref_logprobs=batch.old_logprobs), 8), True)
+    assert value(metrics, "flips") == value(plain, "flips") > 0.0
+    assert "shift_ratio" not in plain
 
 
 def test_forced_routes_under_a_perturbed_router(world, sgd):
