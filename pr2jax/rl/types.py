@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pr2jax.core.config import ConfigError
 from pr2jax.core.optim import OptimConfig, ParamGroup
+from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.predictor import RouterFeatures
 from pr2jax.rl.losses import Aggregation
 from pr2jax.sampler.types import SamplingParams
@@ -133,6 +134,18 @@ class RLConfig:
                 "sampling: RL needs the log-probs of the distribution sampled from, so leave "
                 "top_k, top_p, min_p and greedy off"
             )
+
+
+def policy_optim(optim: OptimConfig, model: ModelConfig) -> OptimConfig:
+    """`optim` for this model: without the predictor's group where it has no predictor.
+
+    A dense model and `predictor=False` so train by the default settings, in the modes that need
+    no predictor; any other group that matches no parameter is still an error.
+    """
+    if num_moe_layers(model) and model.moe.predictor:
+        return optim
+    groups = {name: group for name, group in optim.groups.items() if name != PREDICTOR_GROUP}
+    return dataclasses.replace(optim, groups=groups)
 
 
 @struct.dataclass

@@ -35,7 +35,7 @@ from pr2jax.rl.batch import (
     split_mini_batches,
 )
 from pr2jax.rl.scoring import make_scorer, scoring_decision
-from pr2jax.rl.types import LearnerBatch
+from pr2jax.rl.types import LearnerBatch, policy_optim
 from pr2jax.rl.update import make_mini_step
 from pr2jax.sampler.types import FINISH_STOP, Rollout
 from pr2jax.tasks.base import Problem
@@ -71,7 +71,7 @@ class RLTrainer:
             )
         self.prompts = [session.encode(p) for p in problems]
         self.order = BatchOrder(len(problems), cfg.rl.prompts_per_batch, cfg.seed)
-        self.optimizer = build_optimizer(cfg.rl.optim, session.specs)
+        self.optimizer = build_optimizer(policy_optim(cfg.rl.optim, cfg.model), session.specs)
         self._mini = make_mini_step(
             cfg.model,
             cfg.rl,
@@ -88,7 +88,7 @@ class RLTrainer:
         )
 
         def shifts(params, opt_state):
-            old = (self.plan, params, cfg.model, cfg.rl.optim, opt_state)
+            old = (self.plan, params, cfg.model, self.optimizer.cfg, opt_state)
             return selection_shift(*old), lookahead_shift(*old)
 
         self._shifts = jax.jit(shifts)

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from pr2jax.core.config import ConfigError
-from pr2jax.core.optim import ParamGroup
+from pr2jax.core.optim import ParamGroup, build_optimizer
 from pr2jax.core.params import map_with_path
 from pr2jax.core.sharding import MeshConfig, make_mesh, param_shardings
 from pr2jax.core.state import create
 from pr2jax.models.transformer import Record, forward, param_specs
 from pr2jax.replay.modes import ReplayConfig, plan, selection_shift
 from pr2jax.rl.batch import put_batch, split_micro, take_rows
+from pr2jax.rl.types import RLConfig, policy_optim
 from pr2jax.rl.update import make_mini_step
 from tests.rl import tiny
 from tests.rl.tiny import MODEL, E, K, leaves, value
@@ -382,6 +383,24 @@ def test_selection_bias():
     # r3's log is the un-shifted old route, so both ways of measuring it must agree.
     used, unshifted = (value(metrics, f"{k}_zero_deviation") for k in ("paired", "old_route"))
     assert used == unshifted == value(metrics, "zero_deviation") < 1.0
+
+
+@pytest.mark.parametrize(
+    "moe", [None, dataclasses.replace(MODEL.moe, predictor=False)], ids=["dense", "no predictor"]
+)
+def test_default_settings_train_a_model_without_a_predictor(moe):
+    model = dataclasses.replace(MODEL, moe=moe)
+    params = tiny.make_params(model)
+    given = RLConfig().optim
+    with pytest.raises(ConfigError, match="groups.predictor"):
+        build_optimizer(given, params)
+    optimizer = build_optimizer(policy_optim(given, model), params)
+    assert policy_optim(given, MODEL) == given
+    mode = ReplayConfig(mode="off", feature_tokens=0)
+    state = tiny.make_state(params, optimizer)
+    after, metrics = build(optimizer, mode, model)(state, split_micro(tiny.blank_batch(), 8), True)
+    assert value(metrics, "skipped") == 0.0
+    assert all(np.any(x != leaves(params)[p]) for p, x in leaves(after.params, "kernel").items())
 
 
 @pytest.mark.slow
