@@ -1,4 +1,4 @@
-"""Metrics: (sum, weight) pairs until the host reads them, then a console line, JSONL, TensorBoard.
+"""Metrics: (sum, weight) pairs until the host reads them, then JSONL, TensorBoard, a console line.
 
 A pair of arrays is merged by adding, over micro-batches and devices alike, so a mean is exact
 whatever the split. Extremes do not add: a name that ends in `_max` or `_min` holds (extreme, 1),
@@ -115,7 +115,7 @@ def _plain(value: Any) -> Any:
 
 
 class MetricWriter:
-    """Rows of metrics to `workdir/metrics.jsonl`, TensorBoard (`workdir/tensorboard`), console.
+    """Rows of metrics to `workdir/metrics.jsonl` and TensorBoard (`workdir/tensorboard`).
 
     Appends. With `resume_step`, rows of later steps (written after the checkpoint that the run
     resumes from) are dropped first. Only process 0 of a multi-host run writes.
@@ -124,16 +124,13 @@ class MetricWriter:
     def __init__(
         self,
         workdir: str | os.PathLike,
-        console: bool = True,
         tensorboard: bool = True,
         resume_step: int | None = None,
     ):
         self.workdir = Path(workdir)
-        self._console = console
         self._file: TextIO | None = None
         self._board = None
         if jax.process_index() != 0:
-            self._console = False
             return
         self.workdir.mkdir(parents=True, exist_ok=True)
         path = self.workdir / JSONL
@@ -164,9 +161,6 @@ class MetricWriter:
             for key, value in row.items():
                 if key not in ("step", "time") and isinstance(value, int | float):
                     self._board.add_scalar(key, value, step)
-        if self._console:
-            shown = [f"{k}={format_number(v)}" for k, v in row.items() if k not in ("step", "time")]
-            print(f"step {step}: {' '.join(shown)}", flush=True)
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -215,8 +209,7 @@ class Progress:
 
     On a terminal the line redraws in place; elsewhere a plain line is printed, at most one in
     `plain_interval` seconds (the first and the last always). Time left comes from an exponential
-    mean of recent steps, so that compilation does not distort it for long; with `limit_seconds`
-    it is never more than what is left of that.
+    mean of recent steps, so that compilation does not distort it for long.
     """
 
     def __init__(
@@ -224,7 +217,6 @@ class Progress:
         label: str,
         total: int,
         start: int = 0,
-        limit_seconds: float | None = None,
         stream: TextIO | None = None,
         plain_interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
@@ -235,7 +227,6 @@ class Progress:
         self._live = self._stream.isatty() and not self._quiet
         self._interval, self._clock = plain_interval, clock
         self._step, self._last = start, clock()
-        self._end = math.inf if limit_seconds is None else self._last + limit_seconds
         self._seconds: float | None = None
         self._intervals, self._printed, self._width = 0, -math.inf, 0
 
@@ -252,7 +243,7 @@ class Progress:
         due = self._live or step >= self.total or now - self._printed >= self._interval
         if due and not self._quiet:
             self._printed = now
-            self._show(self._line(values, now))
+            self._show(self._line(values))
 
     def close(self) -> None:
         """Leave the line as it stands."""
@@ -261,12 +252,12 @@ class Progress:
             self._stream.flush()
             self._width = 0
 
-    def _line(self, values: Mapping[str, Any], now: float) -> str:
+    def _line(self, values: Mapping[str, Any]) -> str:
         parts = [f"{self.label} {self._step}/{self.total}".strip()]
         parts += [f"{key} {format_number(value)}" for key, value in values.items()]
         if self._seconds is not None:
             parts.append(f"{self._seconds:.3g}s/step")
-            left = min(self._seconds * (self.total - self._step), self._end - now)
+            left = self._seconds * (self.total - self._step)
             if self._step < self.total:
                 parts.append(f"{format_seconds(left)} left")
         return " | ".join(parts)

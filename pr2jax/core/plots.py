@@ -58,28 +58,6 @@ def curve(
         return _svg(figure)
 
 
-def grid(
-    panels: Sequence[tuple[Rows, str | Mapping[str, str]]],
-    titles: Sequence[str],
-    *,
-    columns: int = 3,
-    x: str = "step",
-    smooth: float = 0.0,
-    panel_size: tuple[float, float] = (3.4, 2.3),
-) -> str:
-    """Many small curves, one panel each of (rows, key), as one inline SVG."""
-    if len(panels) != len(titles):
-        raise ValueError(f"{len(titles)} titles for {len(panels)} panels")
-    lines = max(1, -(-len(panels) // columns))
-    with rc_context(_STYLE):
-        size = (panel_size[0] * min(columns, max(1, len(panels))), panel_size[1] * lines)
-        figure = Figure(figsize=size, layout="constrained")
-        for index, ((rows, key), title) in enumerate(zip(panels, titles, strict=True)):
-            axes = figure.add_subplot(lines, min(columns, len(panels)), index + 1)
-            _draw(axes, rows, key, title, "", x, smooth, {})
-        return _svg(figure)
-
-
 def heatmap(
     rows: Rows,
     prefix: str,

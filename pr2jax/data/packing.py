@@ -5,7 +5,7 @@ as in a `Rollout`. A segment's first token is never a target: nothing precedes i
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -147,41 +147,3 @@ class BatchOrder:
         """Item indices of batch `step` (from 0)."""
         first = step * self.batch
         return np.array([self._order[first + i] for i in range(self.batch)], np.int64)
-
-    def position(self, step: int) -> dict[str, int]:
-        """JSON-able position before batch `step`: epoch, and index within it."""
-        epoch, index = divmod(step * self.batch, self.num_items)
-        return {"step": step, "epoch": epoch, "index": index}
-
-
-class PackedBatches(Iterator[PackedRows]):
-    """Endless batches of packed rows; rows are packed once and visited in a new order an epoch.
-
-    A row's neighbours do not matter (segments do not see each other), so packing once loses
-    nothing and makes every batch a function of (rows, seed, step). `state()` is JSON-able, and
-    `restore` continues bit for bit.
-    """
-
-    def __init__(self, rows: PackedRows, batch: int, seed: int):
-        self.rows = rows
-        self.order = BatchOrder(len(rows.tokens), batch, seed)
-        self.step = 0
-
-    def __next__(self) -> PackedRows:
-        index = self.order.at(self.step)
-        self.step += 1
-        return PackedRows(*(field[index] for field in self.rows))
-
-    def state(self) -> dict[str, int]:
-        """Position of the next batch, and what it is a position in."""
-        return self.order.position(self.step) | {
-            "rows": self.order.num_items,
-            "batch": self.order.batch,
-        }
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Continues at `state`. Raises ValueError if it was saved over other data."""
-        for key, here in (("rows", self.order.num_items), ("batch", self.order.batch)):
-            if state.get(key) != here:
-                raise ValueError(f"position has {key}={state.get(key)}, this data {key}={here}")
-        self.step = int(state["step"])

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 
 def route_dtype(num_experts: int) -> np.dtype:
@@ -44,20 +44,6 @@ def encode(routes: Int[np.ndarray, "L B T K"], num_experts: int) -> Int[np.ndarr
 def decode(routes: Int[Array, "L B T K"]) -> Int[Array, "L B T K"]:
     """Routes as the model takes them: int32."""
     return jnp.asarray(routes).astype(jnp.int32)
-
-
-def fill_invalid(
-    routes: Int[np.ndarray, "L B T K"], lengths: Int[np.ndarray, " B"]
-) -> Int[np.ndarray, "L B T K"]:
-    """A copy of `routes` with the filler 0..K-1 wherever no route belongs."""
-    valid = np.asarray(valid_mask(lengths, routes.shape[2]))[None, :, :, None]
-    filler = np.arange(routes.shape[3], dtype=routes.dtype)
-    return np.where(valid, routes, filler)
-
-
-def valid_mask(lengths: Int[Array, " B"], length: int) -> Bool[Array, "B T"]:
-    """Input positions that have a route: t < lengths - 1."""
-    return jnp.arange(length)[None, :] < jnp.asarray(lengths)[:, None] - 1
 
 
 def to_inputs(values: Array) -> Array:

@@ -119,9 +119,7 @@ class _Run:
         )
         self.index, self.seconds = start, 0.0
         self._restore()
-        self.writer = MetricWriter(
-            workdir, console=False, tensorboard=options.tensorboard, resume_step=self.index
-        )
+        self.writer = MetricWriter(workdir, tensorboard=options.tensorboard, resume_step=self.index)
         self.compilations = compilations
         self.pending: list[tuple[int, dict[str, Any]]] = []
         self.last_eval: dict[str, float] = {}

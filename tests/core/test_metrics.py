@@ -57,7 +57,7 @@ def test_keys_of_one_side_stay_and_weight_zero_has_no_mean():
 
 
 def test_rows_round_trip(tmp_path):
-    with MetricWriter(tmp_path, console=False, tensorboard=False) as writer:
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
         writer.write(1, {"loss": (jnp.float32(3.0), jnp.float32(2.0)), "lr": 0.5, "n": 7})
         writer.write(2, {"loss": float("nan"), "lr": np.float32(0.25)})
     raw = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -72,19 +72,19 @@ def test_rows_round_trip(tmp_path):
 
 
 def test_a_killed_and_resumed_run_has_each_step_once(tmp_path):
-    with MetricWriter(tmp_path, console=False, tensorboard=False) as writer:
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
         for step in range(5):
             writer.write(step, {"x": step})
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 5, "x"')  # killed within a line
     assert [r["step"] for r in read_jsonl(path)] == [0, 1, 2, 3, 4]
-    with MetricWriter(tmp_path, console=False, tensorboard=False, resume_step=3) as writer:
+    with MetricWriter(tmp_path, tensorboard=False, resume_step=3) as writer:
         writer.write(4, {"x": 40})
         writer.write(5, {"x": 50})
     assert [(r["step"], r["x"]) for r in read_jsonl(path)] == [
         (0, 0), (1, 1), (2, 2), (3, 3), (4, 40), (5, 50),
     ]  # fmt: skip
-    with MetricWriter(tmp_path, console=False, tensorboard=False) as writer:
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
         writer.write(5, {"x": 51})  # the later of equals is the one that counts
     assert [r["x"] for r in read_jsonl(path)] == [0, 1, 2, 3, 40, 51]
 
@@ -98,7 +98,7 @@ def test_a_damaged_row_is_named(tmp_path):
 def test_tensorboard_holds_the_scalars(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
-    with MetricWriter(tmp_path, console=False) as writer:
+    with MetricWriter(tmp_path) as writer:
         writer.write(3, {"loss/a": 0.5, "bad": math.inf})
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, found = path.read_bytes(), []
@@ -108,12 +108,6 @@ def test_tensorboard_holds_the_scalars(tmp_path):
         found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
         data = data[16 + size :]
     assert found == [(3, "loss/a", 0.5)]
-
-
-def test_console_row(tmp_path, capsys):
-    with MetricWriter(tmp_path, tensorboard=False) as writer:
-        writer.write(2, {"loss": 1.23456789, "tokens": 1200, "bad": math.nan})
-    assert capsys.readouterr().out == "step 2: loss=1.235 tokens=1200 bad=nan\n"
 
 
 def test_summary_is_plain_json_and_replaced_whole(tmp_path):
@@ -158,14 +152,6 @@ def test_plain_progress_is_rare_and_tells_time_left():
         "rl 9/12 | reward 0.5 | 4s/step | 12s left",
         "rl 12/12 | reward 0.5 | 4s/step",
     ]
-
-
-def test_time_left_respects_the_limit():
-    clock, out = Clock(), io.StringIO()
-    progress = Progress("sft", 1000, limit_seconds=30, stream=out, clock=clock)
-    clock.now += 10
-    progress.update(1, {})
-    assert out.getvalue() == "sft 1/1000 | 10s/step | 20s left\n"
 
 
 def test_live_progress_redraws_one_line():

@@ -3,9 +3,8 @@
 import xml.etree.ElementTree as ET
 
 import numpy as np
-import pytest
 
-from pr2jax.core.plots import curve, grid, heatmap, layer_values, series, smoothed
+from pr2jax.core.plots import curve, heatmap, layer_values, series, smoothed
 
 ROWS = [
     {"step": 2, "reward": 0.5, "lo": 0.4, "hi": 0.6, "agree/layer_0": 0.9, "agree/layer_1": 0.7},
@@ -63,12 +62,7 @@ def test_missing_metric_says_so():
     assert "no data" in parsed(heatmap([], "agree/layer_"))[1]
 
 
-def test_grid_and_heatmap():
-    _, text = parsed(grid([(ROWS, "reward"), (ROWS, {"e": "eval"})], ["left", "right"]))
-    assert "left" in text
-    assert "right" in text
+def test_heatmap():
     _, text = parsed(heatmap(ROWS, "agree/layer_", title="agreement", limits=(0, 1)))
     assert "agreement" in text
     assert "layer" in text
-    with pytest.raises(ValueError, match="1 titles for 2 panels"):
-        grid([(ROWS, "reward"), (ROWS, "eval")], ["one"])
