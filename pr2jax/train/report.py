@@ -94,12 +94,12 @@ def _replay_section(rl: Rows, mode: str, mini_steps: int) -> Section:
     }
     items = [
         (
-            curve(rl, by_mini("zero_deviation"), smooth=0.5, title="zero deviation"),
+            curve(rl, by_mini("zero_deviation"), smooth=0.9, title="zero deviation"),
             "Share of response tokens whose used experts are the live router's top-k in all "
             "layers.",
         ),
         (
-            curve(rl, paired, smooth=0.5, title="last mini-step, paired"),
+            curve(rl, paired, smooth=0.9, title="last mini-step, paired"),
             "The predicted route against the route the router would have logged without "
             "prediction, on the same tokens: the gap is what the prediction won or cost.",
         ),
@@ -108,7 +108,7 @@ def _replay_section(rl: Rows, mode: str, mini_steps: int) -> Section:
             "Share of the used experts that the live router would choose.",
         ),
         (
-            curve(rl, by_mini("predictor_loss"), smooth=0.5, title="predictor loss"),
+            curve(rl, by_mini("predictor_loss"), smooth=0.8, title="predictor loss"),
             "KL from the live router to the predicted one, nats, summed over layers.",
         ),
         (
