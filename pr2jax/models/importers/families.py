@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 
 from pr2jax.core.config import ConfigError, from_config_dict
-from pr2jax.models.config import ModelConfig, MoEConfig, RopeScaling, block_specs
-
-
-class CheckpointFormatError(ValueError):
-    """A checkpoint that cannot be read or written faithfully; the message names what and where."""
+from pr2jax.models.config import ModelConfig, MoEConfig, block_specs
+from pr2jax.models.importers.files import CheckpointFormatError, drop_none, require
+from pr2jax.models.importers.rope import canonical_rope, read_rope, write_rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +68,9 @@ class Family:
 
     def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """ModelConfig of a config.json; CheckpointFormatError names what is not supported."""
-        config = _drop_none(hf)
-        _require(config, "hidden_act", "silu")
-        _require(config, "partial_rotary_factor", 1.0)
+        config = drop_none(hf)
+        require(config, "hidden_act", "silu")
+        require(config, "partial_rotary_factor", 1.0)
         if "quantization_config" in config:
             raise CheckpointFormatError("config.json: quantization_config: not supported")
         try:
@@ -113,18 +111,6 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
-def _drop_none(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON null is how a config.json says that a key is absent."""
-    return {k: v for k, v in hf.items() if v is not None}
-
-
-def _require(hf: Mapping[str, Any], key: str, value: Any) -> None:
-    if hf.get(key, value) != value:
-        raise CheckpointFormatError(
-            f"config.json: {key}={hf[key]!r} is not supported, {value!r} is"
-        )
-
-
 def _num_experts(hf: Mapping[str, Any]) -> int:
     """Under its published name, or the one that transformers 5 writes."""
     found = {hf[k] for k in ("num_experts", "num_local_experts") if k in hf}
@@ -133,93 +119,6 @@ def _num_experts(hf: Mapping[str, Any]) -> int:
     if len(found) > 1:
         raise CheckpointFormatError(f"config.json: num_experts says two things: {sorted(found)}")
     return found.pop()
-
-
-_ROPE_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {
-        "factor",
-        "original_max_position_embeddings",
-        "low_freq_factor",
-        "high_freq_factor",
-    },
-    "yarn": {
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    },
-}
-
-
-def _read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """ModelConfig's rope fields, from `rope_parameters` (transformers 5) or `rope_scaling`."""
-    rope = _drop_none(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
-    if kind not in _ROPE_KEYS:
-        known = ", ".join(_ROPE_KEYS)
-        raise CheckpointFormatError(
-            f"config.json: rope type {kind!r} is not supported; {known} are"
-        )
-    _require(rope, "partial_rotary_factor", 1.0)
-    common = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    # Where the type says nothing of an original length, transformers puts it there all the same.
-    unknown = set(rope) - _ROPE_KEYS[kind] - common - {"original_max_position_embeddings"}
-    if unknown:
-        raise CheckpointFormatError(
-            f"config.json: rope type {kind!r} with {', '.join(sorted(unknown))} is not supported"
-        )
-    if kind == "default":
-        return {"rope_theta": theta}
-    scaling = {"kind": kind}
-    if kind != "linear":
-        original = hf.get(
-            "original_max_position_embeddings",
-            rope.get("original_max_position_embeddings", hf.get("max_position_embeddings")),
-        )
-        if original is None:
-            raise KeyError("original_max_position_embeddings")
-        scaling["original_max_position"] = int(original)
-    for key in ("low_freq_factor", "high_freq_factor"):
-        if kind == "llama3":
-            scaling[key] = float(rope[key])
-    if "factor" in rope or kind != "yarn":
-        scaling["factor"] = float(rope["factor"])
-    else:
-        scaling["factor"] = hf["max_position_embeddings"] / scaling["original_max_position"]
-    if kind == "yarn":
-        scaling |= {k: float(rope[k]) for k in ("beta_fast", "beta_slow") if k in rope}
-        scaling["truncate"] = rope.get("truncate", True)
-        if "attention_factor" in rope:
-            scaling["attention_factor"] = float(rope["attention_factor"])
-        elif rope.get("mscale") and rope.get("mscale_all_dim"):
-            log = math.log(max(scaling["factor"], 1.0))
-            ratio = (0.1 * rope["mscale"] * log + 1) / (0.1 * rope["mscale_all_dim"] * log + 1)
-            scaling["attention_factor"] = ratio
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(**scaling)}
-
-
-def _write_rope(cfg: ModelConfig) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`: every version of transformers reads these."""
-    s = cfg.rope_scaling
-    rope: dict[str, Any] = {"rope_type": s.kind}
-    if s.kind != "none":
-        rope["factor"] = s.factor
-    if s.kind in ("llama3", "yarn"):
-        rope["original_max_position_embeddings"] = s.original_max_position
-    if s.kind == "llama3":
-        rope |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
-    if s.kind == "yarn":
-        rope |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow, "truncate": s.truncate}
-        if s.attention_factor:
-            rope["attention_factor"] = s.attention_factor
-    return {"rope_theta": cfg.rope_theta, "rope_scaling": None if s.kind == "none" else rope}
 
 
 def _read_common(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,7 +136,7 @@ def _read_common(hf: Mapping[str, Any]) -> dict[str, Any]:
         "attention_out_bias": hf.get("attention_bias", False),
         "tie_embeddings": hf.get("tie_word_embeddings", False),
         "init_stddev": hf.get("initializer_range", 0.02),
-        **_read_rope(hf),
+        **read_rope(hf),
     }
 
 
@@ -252,7 +151,7 @@ def _write_common(cfg: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": cfg.tie_embeddings,
         "initializer_range": cfg.init_stddev,
         "rms_norm_eps": cfg.norm_eps,
-        **_write_rope(cfg),
+        **write_rope(cfg),
     }
 
 
@@ -310,7 +209,7 @@ def _read_olmoe(hf: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointFormatError("config.json: sliding_window is not supported in olmoe")
     if hf.get("clip_qkv", 1.0) <= 0:
         raise CheckpointFormatError(f"config.json: clip_qkv={hf['clip_qkv']!r} must be positive")
-    _require(hf, "head_dim", hf["hidden_size"] // hf["num_attention_heads"])
+    require(hf, "head_dim", hf["hidden_size"] // hf["num_attention_heads"])
     return ModelConfig(
         **_read_common(hf),
         moe=_read_moe(hf, hf["intermediate_size"]),
@@ -352,13 +251,7 @@ def _canonical(cfg: ModelConfig) -> ModelConfig:
         if moe.score == "softmax" and moe.normalize == "pre":
             moe = dataclasses.replace(moe, normalize="post")  # the same numbers
         changes["moe"] = None if len(dense) == cfg.num_layers else moe
-    names = {"none": (), "linear": ("factor",)}
-    names["llama3"] = ("factor", "original_max_position", "low_freq_factor", "high_freq_factor")
-    names["yarn"] = ("factor", "original_max_position", "beta_fast", "beta_slow")
-    names["yarn"] += ("attention_factor", "truncate")
-    kind = cfg.rope_scaling.kind
-    kept = {name: getattr(cfg.rope_scaling, name) for name in names[kind]}
-    changes["rope_scaling"] = RopeScaling(kind=kind, **kept)
+    changes["rope_scaling"] = canonical_rope(cfg.rope_scaling)
     return dataclasses.replace(cfg, **changes)
 
 

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pr2jax.models.importers.families import CheckpointFormatError
-
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class CheckpointFormatError(ValueError):
+    """A checkpoint that cannot be read or written faithfully; the message names what and where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,3 +114,16 @@ def read_json(file: Path) -> dict[str, Any]:
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object for people to read."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def drop_none(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON null is how a config.json says that a key is absent."""
+    return {k: v for k, v in hf.items() if v is not None}
+
+
+def require(hf: Mapping[str, Any], key: str, value: Any) -> None:
+    """Raises CheckpointFormatError where `key` is there and is not `value`."""
+    if hf.get(key, value) != value:
+        raise CheckpointFormatError(
+            f"config.json: {key}={hf[key]!r} is not supported, {value!r} is"
+        )

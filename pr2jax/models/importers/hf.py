@@ -31,8 +31,8 @@ from pr2jax.core.config import ConfigError, from_config_dict
 from pr2jax.core.params import abstract_params
 from pr2jax.models.config import ModelConfig, segments
 from pr2jax.models.importers import files, store
-from pr2jax.models.importers.families import FAMILIES, CheckpointFormatError, Family, Row, family_of
-from pr2jax.models.importers.files import DTYPES, INDEX, SINGLE
+from pr2jax.models.importers.families import FAMILIES, Family, Row, family_of
+from pr2jax.models.importers.files import DTYPES, INDEX, SINGLE, CheckpointFormatError
 from pr2jax.models.transformer import param_specs
 
 __all__ = [

@@ -22,7 +22,7 @@ from flax import traverse_util
 from pr2jax.core.config import ConfigError, from_config_dict
 from pr2jax.core.params import map_with_path
 from pr2jax.models.config import ModelConfig
-from pr2jax.models.importers.families import CheckpointFormatError
+from pr2jax.models.importers.files import CheckpointFormatError
 
 MANIFEST = "pr2jax.json"
 
