@@ -257,6 +257,16 @@ def _run_segment(params, x, cache, routes, shift, *, segment: Segment, cfg, shar
     return x, cache, taps
 
 
+def _masks(stack: tuple[Segment, ...], positions, segment_ids, impl: str, read_length: int) -> dict:
+    """What each window of the stack may see, by window; None where the kernel knows by itself."""
+    windows = {block.window for segment in stack for block in segment.pattern}
+    if read_length:
+        return {w: cached_mask(positions, read_length, w) for w in windows}
+    if impl == "splash":
+        return dict.fromkeys(windows)
+    return {w: packed_mask(segment_ids, w) for w in windows}
+
+
 def forward(
     params: dict,
     tokens: Int[Array, "B T"],
@@ -299,20 +309,13 @@ def forward(
             raise ValueError(f"{name}: {value.shape[0]} layers for a model of {count} MoE layers")
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     stack = segments(cfg)
-    windows = {b.window for s in stack for b in s.pattern}
     impl = resolve_impl(cfg, platform, tokens.shape[1], dtype)
-    read_length = read_length or (cache.length if cache is not None else 0)
-    if cache is not None:
-        masks = {w: cached_mask(positions, read_length, w) for w in windows}
-    elif impl == "splash":
-        masks = dict.fromkeys(windows)
-    else:
-        masks = {w: packed_mask(segment_ids, w) for w in windows}
+    read_length = 0 if cache is None else read_length or cache.length
     shared = {
         "rope": rope_tables(cfg, positions),
         "positions": positions,
         "segment_ids": segment_ids,
-        "masks": masks,
+        "masks": _masks(stack, positions, segment_ids, impl, read_length),
         "impl": impl,
         "read_length": read_length,
         "options": MoEOptions(record, diagnostics, stats, mesh, platform),

@@ -22,7 +22,7 @@ from pr2jax.models.cache import Cache, init_cache
 from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.logprobs import logits as head_logits
 from pr2jax.models.predictor import RouterFeatures, reservoir_slot
-from pr2jax.models.transformer import Record, forward, unstack_layers
+from pr2jax.models.transformer import ForwardOutput, Record, forward, unstack_layers
 from pr2jax.replay.routes import route_dtype
 from pr2jax.sampler.sampling import Draw, sample
 
@@ -236,6 +236,36 @@ def _record(
     )
 
 
+def _advance(
+    state: Slots,
+    out: ForwardOutput,
+    token: Int[Array, " B"],
+    logp: Float[Array, " B"],
+    ends: Bool[Array, " B"],
+) -> Slots:
+    """The slots after a step: its cache and routes, and the token that each active one drew."""
+    slots, capacity = state.tokens.shape
+    rows = jnp.arange(slots)
+    # Slots that are done write behind the end of their buffers, which drops it.
+    fed = jnp.where(state.active, state.length - 1, capacity)
+    drawn = jnp.where(state.active, state.length, capacity)
+    routes = state.routes
+    if routes is not None:
+        used = out.routes[:, :, 0].astype(routes.dtype)
+        routes = routes.at[:, rows, fed].set(used, mode="drop")
+    length = state.length + state.active
+    stop = state.active & ends
+    return state.replace(
+        cache=out.cache,
+        tokens=state.tokens.at[rows, drawn].set(token, mode="drop"),
+        logprobs=state.logprobs.at[rows, drawn].set(logp, mode="drop"),
+        routes=routes,
+        length=length,
+        stopped=state.stopped | stop,
+        active=state.active & ~stop & (length < state.limit),
+    )
+
+
 def decode_chunk(
     params,
     state: Slots,
@@ -260,7 +290,7 @@ def decode_chunk(
       the state, the features, and (length, active, stopped, steps made) as one small array: all
       that the host needs between chunks.
     """
-    slots, capacity = state.tokens.shape
+    slots = state.tokens.shape[0]
     rows = jnp.arange(slots)
     state = state.replace(active=state.active & ~cancel)
     if unroll:
@@ -290,26 +320,9 @@ def decode_chunk(
         token, logp = sample(
             head_logits(params, out.hidden[:, 0], cfg), draw, state.keys, state.length
         )
-        # Slots that are done write behind the end of their buffers, which drops it.
-        fed = jnp.where(state.active, position, capacity)
-        drawn = jnp.where(state.active, state.length, capacity)
-        routes = state.routes
-        if routes is not None:
-            used = out.routes[:, :, 0].astype(routes.dtype)
-            routes = routes.at[:, rows, fed].set(used, mode="drop")
         if features is not None:
             features = _record(features, state, position, out.router)
-        length = state.length + state.active
-        stop = state.active & _ends(token, draw)
-        state = state.replace(
-            cache=out.cache,
-            tokens=state.tokens.at[rows, drawn].set(token, mode="drop"),
-            logprobs=state.logprobs.at[rows, drawn].set(logp, mode="drop"),
-            routes=routes,
-            length=length,
-            stopped=state.stopped | stop,
-            active=state.active & ~stop & (length < state.limit),
-        )
+        state = _advance(state, out, token, logp, _ends(token, draw))
         return step + 1, constrain(state, mesh, slots), features
 
     done, state, features = lax.while_loop(more, body, (jnp.int32(0), state, features))
