@@ -83,7 +83,9 @@ def _start(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; settings are --config.key=value")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("[pr2jax] %(message)s"))
+    # On a terminal a progress line may stand there: write over it.
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    handler.setFormatter(logging.Formatter(f"{clear}[pr2jax] %(message)s"))
     absl_logging.set_verbosity(absl_logging.ERROR)  # libraries write a line for every file
     log.addHandler(handler)
     log.setLevel(logging.INFO)
