@@ -62,14 +62,23 @@ make_venv() {
   printf '%s\n' "$stamp" >"$dir/.stamp"
 }
 
-# project_venv: makes pr2jax's environment (PR2JAX_VENV, else .venv) and prints where it is.
-# PR2JAX_EXTRAS=cuda or =tpu installs for those devices.
+# project_venv [test]: makes pr2jax's environment (PR2JAX_VENV, else .venv), with what the tests
+# need if told so, and prints where it is. PR2JAX_EXTRAS=cuda or =tpu installs for those devices.
+# What the tests need is added to what is there, and stays when it is asked for without.
 project_venv() {
-  local python dir=${PR2JAX_VENV:-.venv} extras="test${PR2JAX_EXTRAS:+,$PR2JAX_EXTRAS}"
+  local python dir=${PR2JAX_VENV:-.venv} extras=${PR2JAX_EXTRAS:-}
   python=$(choose_python) || exit 1
   if [[ -z ${PR2JAX_EXTRAS:-} ]] && command -v nvidia-smi >/dev/null; then
     say "installing for the CPU; PR2JAX_EXTRAS=cuda installs for this machine's GPU"
   fi
-  make_venv "$dir" "$python" setup.py --editable ".[$extras]" || die "could not make $dir"
+  make_venv "$dir" "$python" setup.py --editable ".${extras:+[$extras]}" ||
+    die "could not make $dir"
+  # Making it anew clears it, this stamp too.
+  if [[ ${1:-} == test && ! -f $dir/.stamp-test ]]; then
+    say "adding what the tests need to $dir"
+    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check \
+      --editable ".[test${extras:+,$extras}]" >&2 || die "could not install the test extra"
+    touch "$dir/.stamp-test"
+  fi
   printf '%s\n' "$dir"
 }

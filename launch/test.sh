@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/lib.sh
 source launch/lib.sh
 
-venv=$(project_venv)
+venv=$(project_venv test)
 if [[ -z ${PR2JAX_REFERENCE_PYTHON:-} ]]; then
   if python=$(find_python 3.11 3.12 3.13) &&
     make_venv .venv-ref "$python" tests/reference/requirements.txt \
