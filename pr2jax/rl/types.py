@@ -21,8 +21,12 @@ PREDICTOR_GROUP = "predictor"
 
 
 def predictor_group(lr_multiplier: float = 10.0, **settings) -> ParamGroup:
-    """W_p's optimizer group, for `optim.groups["predictor"]`: alpha = `lr_multiplier`."""
-    settings = {"clip_norm": 1.0, "weight_decay": 0.0} | settings
+    """W_p's optimizer group, for `optim.groups["predictor"]`: alpha = `lr_multiplier`.
+
+    Its epsilon is above the policy's: while the router stands still its gradient is rounding
+    noise of 1e-7, which Adam at 1e-8 would turn into whole steps.
+    """
+    settings = {"clip_norm": 1.0, "weight_decay": 0.0, "eps": 1e-6} | settings
     return ParamGroup(pattern=r"moe/predictor/", lr_multiplier=lr_multiplier, **settings)
 
 
