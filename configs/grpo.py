@@ -2,8 +2,10 @@
 
   python -m pr2jax.main --config=configs/grpo.py --workdir=/tmp/pr2jax_grpo \
       --config.init_from=/tmp/pr2jax_sft --config.replay.mode=pr2 \
-      --config.rl_task.name=jsonl:problems.jsonl --config.rl_task.settings={}
+      --config.rl_task.name=jsonl:problems.jsonl --config.rl_task.settings={} \
+      --config.rl_task.question_regex= --config.rl_task.size=-1
 
+The last two lines put rows of the Guru schema in the place of reasoning-gym's sums.
 Replay modes: off, r2, r3, pr2, lookahead, pr2+lookahead. Model and tokenizer are those of
 `init_from` (a run's folder, or an imported one); without it the model below starts at random.
 The reward should rise within some tens of steps where the start solves a tenth of the problems.
