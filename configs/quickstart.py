@@ -72,7 +72,7 @@ def get_config(arg: str = ""):
             ),
         ),
         rl=RLConfig(
-            steps=2 if smoke else 240,
+            steps=2 if smoke else 300,
             prompts_per_batch=8 if smoke else 64,
             samples_per_prompt=8,
             mini_steps=4,

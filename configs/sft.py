@@ -3,8 +3,9 @@
   python -m pr2jax.main --config=configs/sft.py --workdir=/tmp/pr2jax_sft \
       --config.sft.task.name=reasoning_gym/chain_sum
 
-From random parameters, or from --config.init_from=DIR. Expect the loss to fall within the first
-hundred steps and held-out pass@1 in WORKDIR/report.html. `:smoke` takes two steps.
+From random parameters, or from --config.init_from=DIR. On sums of two and three numbers of up to
+two digits expect a loss of .45 nats and a held-out pass@1 of .55 after 500 steps, seven minutes on
+two busy CPU cores; WORKDIR/report.html has the curves. `:smoke` takes two steps.
 """
 
 import json
