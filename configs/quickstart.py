@@ -4,8 +4,8 @@
 
 It is warmed up by SFT on short words (3 to 5 letters, solved), then learns longer ones (5 and 6
 letters) by GRPO + PR2 from the verifier alone, and is compared with SFT continued on short words
-for the same wall time. On two CPU cores it takes about seven minutes; held-out pass@1 goes from
-about .37 to above .8, SFT continued ends near .41. `:smoke` runs two steps of each.
+for the same wall time. On two CPU cores it takes six to eight minutes; held-out pass@1 goes from
+.36 to .89 (seed 0), SFT continued ends at .42. `:smoke` runs two steps of each.
 """
 
 import json
