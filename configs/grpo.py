@@ -8,8 +8,8 @@
 The last two lines put rows of the Guru schema in the place of reasoning-gym's sums.
 Replay modes: off, r2, r3, pr2, lookahead, pr2+lookahead. Model and tokenizer are those of
 `init_from` (a run's folder, or an imported one); without it the model below starts at random.
-The reward should rise within some tens of steps where the start solves a tenth of the problems.
-`:smoke` takes two steps from random parameters.
+What to expect: in the quickstart, whose RL this is, reward rose from .36 to .6 in 40 batches; a
+start that solves nothing gives no signal. `:smoke` takes two steps from random parameters.
 """
 
 import json

@@ -80,9 +80,15 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 def write_summary(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> Path:
     """Write `workdir/summary.json` atomically (readers see the old file or the whole new one)."""
     path = Path(workdir) / SUMMARY
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+    write_json(path, summary)
     return path
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as JSON atomically; arrays become lists, not-finite numbers null."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_atomically(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
 
 
 def _write_atomically(path: Path, text: str) -> None:

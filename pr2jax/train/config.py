@@ -149,7 +149,8 @@ class Config:
       compares with SFT continued for the same wall time, and writes a report; `generate` samples.
     model.vocab_size: 0 takes the tokenizer's.
     compute_dtype: auto, bfloat16 or float32 (core/device.py).
-    init_from: a checkpoint folder of another run, or an imported one, to start from.
+    init_from: another run's folder (its best checkpoint, else its latest), or an imported one, to
+      start from; the model and a run's tokenizer are then those saved there.
     rl_task: what RL is about; its held-out problems are what every mode evaluates.
     """
 

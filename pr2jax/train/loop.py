@@ -7,6 +7,7 @@ is the one after it; metrics rows of steps after it are dropped, since they come
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -233,17 +234,19 @@ def _loop(work: _Run, stop: StopRequest, max_seconds, profile_steps: int, workdi
     if work.index == 0 and trainer.eval_every:
         work.writer.write(0, work.evaluate())
     trace_from = work.index + 2
+    if profile_steps and trace_from >= trainer.steps:
+        log.warning("no step is left to trace: the two after a start are never traced")
     if max_seconds is None:
         progress = Progress(trainer.name, trainer.steps, start=work.index)
     else:
         work.in_steps = False
         label = f"{trainer.name} (seconds)"
         progress = Progress(label, int(max_seconds), start=int(work.seconds))
-    trace = None
+    trace = contextlib.ExitStack()
     while work.index < trainer.steps and work.seconds < limit and not stop.requested:
         if profile_steps and work.index == trace_from:
-            trace = profile(workdir / "profile")
-            trace.__enter__()
+            trace.enter_context(profile(workdir / "profile"))
+            log.info("tracing %d steps into %s", profile_steps, workdir / "profile")
         start = time.monotonic()
         work.state, metrics = trainer.step(work.state, work.index)
         work.index += 1
@@ -252,10 +255,8 @@ def _loop(work: _Run, stop: StopRequest, max_seconds, profile_steps: int, workdi
             jax.block_until_ready(work.state.step)
         work.seconds += time.monotonic() - start
         work.pending.append((work.index, metrics))
-        if trace is not None and (work.index == trace_from + profile_steps or last):
-            trace.__exit__(None, None, None)
-            trace = None
-            log.info("trace written to %s", workdir / "profile")
+        if work.index == trace_from + profile_steps:
+            trace.close()
         figures = None
         if trainer.eval_every and (work.index % trainer.eval_every == 0 or last):
             figures = work.evaluate()
@@ -264,8 +265,7 @@ def _loop(work: _Run, stop: StopRequest, max_seconds, profile_steps: int, workdi
             work.flush(progress)
         if due or figures:
             work.save(figures)
-    if trace is not None:
-        trace.__exit__(None, None, None)
+    trace.close()
     if work.pending:
         work.flush(progress)
     work.save(work.last_eval if work.last_eval_index == work.index else None)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import time
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import versions
-from pr2jax.core.metrics import write_summary
+from pr2jax.core.metrics import write_json, write_summary
 from pr2jax.core.optim import learning_rate
 from pr2jax.evaluation.passk import PASS_SCORE, paired_interval
 from pr2jax.tasks.base import Problem, Task
@@ -61,9 +62,7 @@ def _evaluation(
         "seconds": time.monotonic() - start,
         "of": of,
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(figures), encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, figures)
     shown = ", ".join(
         f"{key} {m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]"
         for key, m in figures["metrics"].items()
@@ -184,7 +183,7 @@ def run_sft_then_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
 
         learner = RLTrainer(session, hard.train, evaluator)
         # RL donates its parameters; SFT goes on from these.
-        params = _copy(warm.state.params)
+        params = jax.tree.map(jnp.copy, warm.state.params)
         rl = _run(session, learner, params, "rl", profile_steps=profile_steps)
         end = _evaluation(session, evaluator, "end", rl.state.params, rl.steps)
 
@@ -204,12 +203,6 @@ def run_sft_then_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
             gain_over_sft_continued=_gain(other, end),
         )
         report.write_comparison(session, summary, start, end, other)
-
-
-def _copy(tree):
-    import jax
-
-    return jax.tree.map(lambda x: x.copy(), tree)
 
 
 def _continue_sft(session: Session, task: Task, warm: Outcome, seconds: float) -> Outcome:

@@ -52,8 +52,7 @@ class RLTrainer:
     Metrics of a step: `reward` (mean score), `solved` (share of full scores), `response_length`,
     `stopped` (share that ended by itself), `kept_groups` (share with a signal),
     `verifier_failures`, `tokens_per_second`, `time/*`; every learner metric over the whole
-    step; and under
-    `mini_I/NAME` those of mini-step I (by layer: zero deviation and agreement).
+    step; and under `mini_I/NAME` those of mini-step I (by layer: zero deviation and agreement).
     """
 
     def __init__(self, session: Session, problems: list[Problem], evaluator: Evaluator | None):

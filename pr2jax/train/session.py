@@ -20,6 +20,7 @@ from pr2jax.core import rng
 from pr2jax.core.checkpoint import CheckpointError, read_checkpoint, restore_params
 from pr2jax.core.config import ConfigError, from_config_dict
 from pr2jax.core.device import resolve_dtype, versions
+from pr2jax.core.metrics import write_json
 from pr2jax.core.params import (
     Tree,
     abstract_params,
@@ -96,7 +97,7 @@ class Session:
 
     def _restored(self, folder: str) -> Tree:
         """A run's parameters; a predictor that it had not starts at zero, one too many is left."""
-        saved = _saved_model(folder)
+        saved, _ = _saved(folder)
         there = saved.moe is not None and saved.moe.predictor
         here = self.cfg.model.moe is not None and self.cfg.model.moe.predictor
         if there == here:
@@ -122,12 +123,12 @@ class Session:
         return ids
 
     def wall_seconds(self) -> float:
-        """Wall time of this run so far, that of earlier processes in the same folder included."""
+        """Wall time of this run so far, earlier processes (unless killed) included."""
         return self.before + time.monotonic() - self.started
 
     def close(self) -> None:
         """Stops the worker processes and writes down the wall time for a resume."""
-        (self.workdir / _WALL).write_text(json.dumps({"wall_seconds": self.wall_seconds()}))
+        write_json(self.workdir / _WALL, {"wall_seconds": self.wall_seconds()})
         if "pool" in self.__dict__:
             self.pool.close()
 
@@ -151,12 +152,16 @@ def _is_imported(path: str) -> bool:
     return checkpoint_folder(path) == str(path) and hf.is_published(path)
 
 
-def _saved_model(folder: str) -> ModelConfig:
-    """The model of a run's checkpoint. Raises CheckpointError where it does not say."""
+def _saved(folder: str) -> tuple[ModelConfig, TokenizerConfig]:
+    """What a run's checkpoint is of. Raises CheckpointError where it does not say."""
     _, extra, _ = read_checkpoint(folder)
     if "config" not in extra:
         raise CheckpointError(f"{folder}: no configuration is saved in it")
-    return from_config_dict(ModelConfig, extra["config"]["model"], "model")
+    saved = extra["config"]
+    return (
+        from_config_dict(ModelConfig, saved["model"], "model"),
+        from_config_dict(TokenizerConfig, saved["tokenizer"], "tokenizer"),
+    )
 
 
 def _like_checkpoint(cfg: Config) -> Config:
@@ -171,10 +176,7 @@ def _like_checkpoint(cfg: Config) -> Config:
         if tokenizer == TokenizerConfig() and (Path(cfg.init_from) / "tokenizer.json").is_file():
             tokenizer = TokenizerConfig(kind="hf", path=cfg.init_from)
     else:
-        folder = checkpoint_folder(cfg.init_from)
-        model = _saved_model(folder)
-        _, extra, _ = read_checkpoint(folder)
-        tokenizer = from_config_dict(TokenizerConfig, extra["config"]["tokenizer"], "tokenizer")
+        model, tokenizer = _saved(checkpoint_folder(cfg.init_from))
     how = ("attention_impl", "remat", "scan_layers", "logprob_chunk")
     kept = {name: getattr(cfg.model, name) for name in how}
     if model.moe is not None and cfg.model.moe is not None:
@@ -224,7 +226,7 @@ def open_session(
     wall = workdir / _WALL
     before = float(json.loads(wall.read_text())["wall_seconds"]) if wall.exists() else 0.0
     session = Session(cfg, workdir, tokenizer, mesh, dtype, specs, shardings, started, before)
-    (workdir / "config.json").write_text(json.dumps(session.config_json, indent=1))
+    write_json(workdir / "config.json", session.config_json)
     found = versions()
     log.info("devices: %d x %s; jax %s", found["devices"], found["device_kind"], found["jax"])
     log.info("compute dtype: %s", reason)

@@ -1,0 +1,84 @@
+"""Small models of both families and their random checkpoints, for the importers' tests."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import load_file
+
+from pr2jax.models.config import ModelConfig, MoEConfig
+from pr2jax.models.transformer import param_specs
+
+QWEN = ModelConfig(
+    vocab_size=64,
+    d_model=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    dense_dim=48,
+    moe=MoEConfig(num_experts=8, top_k=3, expert_dim=16),
+    qk_norm="head",
+    tie_embeddings=False,
+)
+OLMOE = dataclasses.replace(
+    QWEN, qk_norm="full", norm_eps=1e-5, moe=dataclasses.replace(QWEN.moe, normalize="none")
+)
+
+
+def change(cfg, moe=None, **fields):
+    return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, **(moe or {})), **fields)
+
+
+def random_params(cfg, seed=0, dtype=np.float32):
+    """Parameters under which activations and logits are of unit scale, and no two are equal."""
+    rng = np.random.default_rng(seed)
+
+    def one(path, spec):
+        shape = spec.shape
+        x = rng.standard_normal(shape)
+        if path.endswith("scale"):
+            x = 1 + 0.2 * x
+        elif path.endswith("bias"):
+            x = 0.2 * x
+        elif path == "embed/table":
+            x = x / np.sqrt(cfg.d_model) if cfg.tie_embeddings else x
+        elif "predictor" in path:
+            return np.zeros(shape, np.float32)
+        elif "attention/o" in path:
+            x = x / np.sqrt(shape[1] * shape[2])
+        elif "attention/" in path:
+            x = x / np.sqrt(shape[1])
+        else:
+            x = x / np.sqrt(shape[-2])
+        return x.astype(dtype)
+
+    flat = traverse_util.flatten_dict(param_specs(cfg), sep="/")
+    flat = {path: one(path, spec) for path, spec in flat.items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def assert_same_params(got, want):
+    got, want = (traverse_util.flatten_dict(t, sep="/") for t in (got, want))
+    assert set(got) == set(want)
+    for path in want:
+        a, b = np.asarray(got[path]), np.asarray(want[path])
+        assert a.dtype == b.dtype, path
+        assert a.tobytes() == b.tobytes(), path
+
+
+def tensors_of(folder):
+    out = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        out |= load_file(file)
+    return out
+
+
+def assert_same_tensors(a, b):
+    a, b = tensors_of(a), tensors_of(b)
+    assert set(a) == set(b)
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert a[name].tobytes() == b[name].tobytes(), name

@@ -1,0 +1,306 @@
+"""Every way in which a checkpoint can be wrong, the command line, and placement on a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorstore as ts
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+
+from pr2jax.core.checkpoint import Checkpointer
+from pr2jax.core.params import abstract_params
+from pr2jax.core.sharding import MeshConfig, make_mesh, param_shardings
+from pr2jax.models.importers import files, hf, store
+from pr2jax.models.importers.hf import (
+    CheckpointFormatError,
+    export_checkpoint,
+    import_checkpoint,
+    load_params,
+)
+from pr2jax.models.transformer import param_specs
+from tests.models.checkpoints import (
+    OLMOE,
+    QWEN,
+    assert_same_params,
+    assert_same_tensors,
+    change,
+    random_params,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small exported checkpoint to spoil, in one file."""
+    export_checkpoint(QWEN, random_params(QWEN), tmp_path / "src", "qwen3_moe")
+    return tmp_path / "src"
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config |= changes
+    config = {k: v for k, v in config.items() if v != "absent"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder, fn):
+    tensors = load_file(folder / "model.safetensors")
+    fn(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "fn, message",
+    [
+        (lambda t: t.pop(EXPERT), rf"tensors missing \(1\): {EXPERT}"),
+        (
+            lambda t: t.update(extra=np.zeros(2, np.float32)),
+            r"not in this model \(1\): extra",
+        ),
+        (
+            lambda t: t.update({EXPERT: np.zeros((32, 16), np.float32)}),
+            rf"{EXPERT} has the shape \(32, 16\), and config.json means \(16, 32\)",
+        ),
+        (lambda t: t.update({EXPERT: np.zeros((16, 32), np.int8)}), f"{EXPERT} is I8"),
+    ],
+)
+def test_wrong_tensors_are_named(folder, fn, message):
+    edit_tensors(folder, fn)
+    with pytest.raises(CheckpointFormatError, match=message):
+        import_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "mamba"}, r"unknown model_type 'mamba' .*; known: olmoe, qwen3_moe"),
+        ({"model_type": "absent"}, r"unknown model_type None"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, 'silu' is"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "rope_scaling.factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embedd"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "short_factor": [1.0]}},
+            "short_factor is not supported",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_size": "absent"}, "hidden_size is missing"),
+        ({"num_experts": "absent"}, "num_experts is missing"),
+        ({"num_local_experts": 9}, "num_experts says two things"),
+        ({"num_experts_per_tok": 99}, "moe.top_k"),
+        ({"hidden_size": "wide"}, "d_model|unsupported operand"),
+    ],
+)
+def test_unsupported_configs_are_named(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointFormatError, match=message):
+        import_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"clip_qkv": -1.0}, "clip_qkv=-1.0"),
+        ({"sliding_window": 4}, "sliding_window is not supported in olmoe"),
+        ({"head_dim": 16}, "head_dim=16"),
+    ],
+)
+def test_unsupported_olmoe(tmp_path, changes, message):
+    export_checkpoint(OLMOE, random_params(OLMOE), tmp_path, "olmoe")
+    edit_config(tmp_path, **changes)
+    with pytest.raises(CheckpointFormatError, match=message):
+        import_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200, -1])
+def test_truncated_file_is_named(folder, keep):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointFormatError, match=r"model\.safetensors: truncated or corrupt"):
+        import_checkpoint(folder)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(CheckpointFormatError, match=r"config\.json is missing"):
+        import_checkpoint(tmp_path)
+    src = tmp_path / "src"
+    export_checkpoint(QWEN, random_params(QWEN), src, "qwen3_moe", max_shard_bytes=20_000)
+    assert len(list(src.glob("*.safetensors"))) > 3
+    assert_same_params(import_checkpoint(src)[1], random_params(QWEN))
+    shard = min(src.glob("*.safetensors"))
+    whole = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(CheckpointFormatError, match=f"{shard.name} is missing"):
+        import_checkpoint(src)
+    tensors = load_file(max(src.glob("*.safetensors")))
+    save_file(tensors, shard)
+    with pytest.raises(CheckpointFormatError, match=r" is in .*\.safetensors and in "):
+        import_checkpoint(src)
+    shard.write_bytes(whole)
+    tensors = load_file(shard)
+    gone = min(tensors)
+    del tensors[gone]
+    save_file(tensors, shard)
+    with pytest.raises(CheckpointFormatError, match=f"{shard.name}: has no {gone}, which"):
+        import_checkpoint(src)
+    (src / files.INDEX).unlink()
+    with pytest.raises(CheckpointFormatError, match=r"neither model\.safetensors nor"):
+        import_checkpoint(src)
+    (src / "config.json").write_text("{")
+    with pytest.raises(CheckpointFormatError, match=r"config\.json: not JSON"):
+        import_checkpoint(src)
+
+
+def test_a_stored_tied_head_must_be_the_embedding(tmp_path):
+    cfg = dataclasses.replace(QWEN, tie_embeddings=True)
+    params = random_params(cfg)
+    export_checkpoint(cfg, params, tmp_path, "qwen3_moe")
+    table = params["embed"]["table"]
+    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": table}))
+    assert_same_params(import_checkpoint(tmp_path)[1], params)
+    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": table + 1}))
+    with pytest.raises(CheckpointFormatError, match=r"lm_head\.weight is not the embedding"):
+        import_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "family, cfg, message",
+    [
+        ("qwen3_moe", change(QWEN, {"shared_dim": 8}), r"moe\.shared_dim=8"),
+        ("qwen3_moe", change(QWEN, {"score": "sigmoid"}), r"moe\.score='sigmoid'"),
+        ("qwen3_moe", change(QWEN, {"selection_bias": True}), r"moe\.selection_bias=True"),
+        ("qwen3_moe", change(QWEN, {"routed_scaling": 2.5}), r"moe\.routed_scaling=2\.5"),
+        ("qwen3_moe", change(QWEN, qk_norm="full"), "qk_norm='full'"),
+        ("qwen3_moe", change(QWEN, clip_qkv=1.0), "clip_qkv=1.0"),
+        ("qwen3_moe", change(QWEN, attention_bias=True), "attention_out_bias=False"),
+        (
+            "qwen3_moe",
+            change(QWEN, sliding_window=4, window_pattern=(True, False)),
+            "window_pattern=",
+        ),
+        ("olmoe", change(OLMOE, first_dense=1), r"dense_layers=\(0,\)"),
+        ("olmoe", change(OLMOE, head_dim=16), "head_dim=16"),
+        ("olmoe", change(OLMOE, sliding_window=4), "sliding_window=4"),
+        ("olmoe", dataclasses.replace(OLMOE, moe=None), "moe=None"),
+        ("llama", QWEN, "unknown family 'llama'"),
+    ],
+)
+def test_what_a_family_cannot_express_is_refused(tmp_path, family, cfg, message):
+    with pytest.raises(CheckpointFormatError, match=message):
+        export_checkpoint(cfg, random_params(cfg), tmp_path, family)
+    assert not list(tmp_path.iterdir())
+
+
+def test_how_a_model_is_run_is_not_part_of_it(tmp_path):
+    """Remat, kernels, another spelling of the same layers or gates: the same checkpoint."""
+    cfg = change(QWEN, {"normalize": "pre", "impl": "dense"}, remat="full", first_dense=1)
+    cfg = dataclasses.replace(cfg, num_layers=3, scan_layers=False)
+    params = random_params(cfg)
+    export_checkpoint(cfg, params, tmp_path, "qwen3_moe")
+    got, imported = import_checkpoint(tmp_path)
+    assert got.dense_layers == (0,)
+    assert_same_params(imported, params)
+
+
+def test_wrong_parameters_are_not_exported(tmp_path):
+    params = random_params(QWEN)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    name = "final_norm/scale"
+
+    def attempt(flat):
+        tree = traverse_util.unflatten_dict(flat, sep="/")
+        export_checkpoint(QWEN, tree, tmp_path, "qwen3_moe")
+
+    with pytest.raises(CheckpointFormatError, match=f"{name} is missing"):
+        attempt({p: a for p, a in flat.items() if p != name})
+    with pytest.raises(CheckpointFormatError, match="parameter new is extra"):
+        attempt(flat | {"new": np.zeros(3)})
+    with pytest.raises(CheckpointFormatError, match=rf"{name} has the shape \(3,\), not \(32,\)"):
+        attempt(flat | {name: np.zeros(3)})
+
+
+def test_command_line_there_and_back(folder, tmp_path, capsys):
+    edit_config(folder, eos_token_id=7, max_position_embeddings=123)
+    (folder / "tokenizer.json").write_text('{"a": 1}')
+    assert hf.main(["import", str(folder), str(tmp_path / "ours")]) == 0
+    cfg, params = load_params(tmp_path / "ours")
+    assert cfg == import_checkpoint(folder)[0] == hf.read_model_config(tmp_path / "ours")
+    assert cfg == hf.read_model_config(folder)
+    assert hf.is_published(folder)
+    assert hf.is_published(tmp_path / "ours")
+    assert not hf.is_published(tmp_path)
+    assert isinstance(params["embed"]["table"], ts.TensorStore)
+    as_arrays = jax.tree.map(lambda a: a.read().result(), params)
+    assert_same_params(as_arrays, random_params(QWEN))
+    assert hf.main(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert_same_tensors(tmp_path / "back", folder)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["eos_token_id"], config["max_position_embeddings"]) == (7, 123)
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == '{"a": 1}'
+    # Not over what is there, and not half a folder.
+    assert hf.main(["import", str(folder), str(tmp_path / "ours")]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    (tmp_path / "ours" / store.MANIFEST).unlink()
+    assert hf.main(["export", str(tmp_path / "ours"), str(tmp_path / "again")]) == 1
+    assert "not a finished pr2jax checkpoint" in capsys.readouterr().err
+
+
+def test_a_trained_predictor_is_said_to_be_left_out(folder, tmp_path, capsys):
+    hf.main(["import", str(folder), str(tmp_path / "ours")])
+    _, params = load_params(tmp_path / "ours")
+    params["segment_0"]["block_0"]["moe"]["predictor"]["kernel"][1, 2, 3].write(0.5).result()
+    assert hf.main(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    out = capsys.readouterr().out
+    assert "left out: trained route predictors segment_0/block_0/moe/predictor/kernel" in out
+
+
+def test_a_training_run_is_exported(tmp_path, capsys):
+    """The best checkpoint's parameters, as the family that fits them."""
+    runs = {}
+    with Checkpointer(tmp_path / "run" / "checkpoints", best_metric="score") as checkpoints:
+        for step, score in ((1, 0.9), (2, 0.1)):
+            runs[step] = random_params(OLMOE, step)
+            extra = {"config": {"model": dataclasses.asdict(OLMOE)}}
+            state = {"params": jax.tree.map(jnp.asarray, runs[step])}
+            checkpoints.save(step, state, extra, {"score": score})
+    assert hf.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "olmoe"
+    assert_same_params(import_checkpoint(tmp_path / "out")[1], runs[1])
+    command = ["export", str(tmp_path / "run"), str(tmp_path / "no"), "--family=qwen3_moe"]
+    assert hf.main(command) == 1
+    assert "qwen3_moe cannot express qk_norm='full'" in capsys.readouterr().err
+    assert hf.main(["export", str(tmp_path / "nothing"), str(tmp_path / "no")]) == 1
+    assert str(tmp_path / "nothing") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_parameters_come_placed(folder, tmp_path, imported):
+    """Onto eight devices, in another dtype, from either kind of folder."""
+    src = folder
+    if imported:
+        import_checkpoint(folder, tmp_path / "ours")
+        src = tmp_path / "ours"
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    specs = param_specs(QWEN)
+    abstract = abstract_params(specs, param_shardings(specs, mesh))
+    abstract = jax.tree.map(lambda a: a.update(dtype=jnp.bfloat16), abstract)
+    _, params = load_params(src, abstract)
+    want = jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16), random_params(QWEN))
+    assert_same_params(params, want)
+    got = jax.tree.map(lambda a, b: a.sharding == b.sharding, params, abstract)
+    assert all(jax.tree.leaves(got))
+    wide = param_specs(dataclasses.replace(QWEN, vocab_size=65))
+    with pytest.raises(CheckpointFormatError, match=r"embed/table has the shape \(64, 32\), and"):
+        load_params(src, abstract_params(wide))
