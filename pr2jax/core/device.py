@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.monitoring
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
 from pr2jax.core.config import ConfigError
 
@@ -78,6 +79,8 @@ def setup_compilation_cache(directory: str | os.PathLike | None = None) -> Path 
     jaxlib version and the CPU's features (XLA:CPU's machine code runs only where they are the
     same).  "off" leaves it off and returns None.
     """
+    # JAX opens its cache at the first compilation and would go on with that one.
+    compilation_cache.reset_cache()
     if directory == "off":
         jax.config.update("jax_compilation_cache_dir", None)
         return None

@@ -10,6 +10,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from pr2jax.core import device
 from pr2jax.core.config import ConfigError
@@ -50,6 +51,7 @@ def test_named_dtypes():
 
 
 def test_compilations_and_cache_hits_are_told_apart(tmp_path):
+    jax.jit(lambda a: a - 1)(jnp.ones(3))  # a cache of the environment is open by now
     before = {
         k: getattr(jax.config, k)
         for k in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -72,6 +74,7 @@ def test_compilations_and_cache_hits_are_told_apart(tmp_path):
         assert counter.compilations + counter.cache_hits == total, "closed counters count on"
         assert device.setup_compilation_cache("off") is None
     finally:
+        compilation_cache.reset_cache()
         for key, value in before.items():
             jax.config.update(key, value)
 
