@@ -1,4 +1,4 @@
-"""GRPO with routing replay: sample, verify, learn.
+"""GRPO with routing replay: gather (train/rollouts.py), learn.
 
 The life of one batch: prompts are chosen by position; the sampler draws responses on the
 learner's parameters, logging routes chosen from (possibly shifted) router logits; verifiers
@@ -15,17 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
-from pr2jax.core.config import ConfigError
 from pr2jax.core.metrics import merge
 from pr2jax.core.optim import build_optimizer
 from pr2jax.core.state import TrainState, create
-from pr2jax.data.packing import BatchOrder
-from pr2jax.evaluation.runner import score_rollout
-from pr2jax.models.predictor import RouterFeatures
-from pr2jax.replay.modes import lookahead_shift, plan, selection_shift
-from pr2jax.replay.routes import save_routes
+from pr2jax.replay.modes import plan
 from pr2jax.rl.advantages import group_advantages, zero_variance
 from pr2jax.rl.batch import (
     feature_places,
@@ -37,10 +31,10 @@ from pr2jax.rl.batch import (
 from pr2jax.rl.scoring import make_scorer, scoring_decision
 from pr2jax.rl.types import LearnerBatch, policy_optim
 from pr2jax.rl.update import make_mini_step
-from pr2jax.sampler.types import FINISH_STOP, Rollout
+from pr2jax.sampler.types import Rollout
 from pr2jax.tasks.base import Problem
-from pr2jax.tasks.sandbox import VerifierPool
 from pr2jax.train.evaluator import Evaluator
+from pr2jax.train.rollouts import Gathered, RolloutSource
 from pr2jax.train.session import Session
 
 log = logging.getLogger("pr2jax")
@@ -49,10 +43,9 @@ log = logging.getLogger("pr2jax")
 class RLTrainer:
     """RL as the loop sees it: one step is one rollout batch and its mini-steps.
 
-    Metrics of a step: `reward` (mean score), `solved` (share of full scores), `response_length`,
-    `stopped` (share that ended by itself), `kept_groups` (share with a signal),
-    `verifier_failures`, `tokens_per_second`, `time/*`; every learner metric over the whole
-    step; and under `mini_I/NAME` those of mini-step I (by layer: zero deviation and agreement).
+    Metrics of a step: those of its batch (`RolloutSource`); `kept_groups` (share with a signal),
+    `tokens_per_second`, `time/learn`; every learner metric over the whole step; and under
+    `mini_I/NAME` those of mini-step I (by layer: zero deviation and agreement).
     """
 
     def __init__(self, session: Session, problems: list[Problem], evaluator: Evaluator | None):
@@ -62,15 +55,8 @@ class RLTrainer:
         self.steps, self.eval_every = cfg.rl.steps, cfg.rl.eval_every
         self.max_skipped_in_row = cfg.rl.max_skipped_in_row
         self.console = ("reward", "zero_deviation", "tokens_per_second")
-        self.problems = problems
-        if len(problems) < cfg.rl.prompts_per_batch:
-            raise ConfigError(
-                f"rl_task: {len(problems)} training problems do not fill a batch of "
-                f"rl.prompts_per_batch={cfg.rl.prompts_per_batch}"
-            )
-        self.prompts = [session.encode(p) for p in problems]
-        self.order = BatchOrder(len(problems), cfg.rl.prompts_per_batch, cfg.seed)
         self.optimizer = build_optimizer(policy_optim(cfg.rl.optim, cfg.model), session.specs)
+        self.source = RolloutSource(session, problems, self.optimizer.cfg)
         self._mini = make_mini_step(
             cfg.model,
             cfg.rl,
@@ -85,12 +71,6 @@ class RLTrainer:
             dtype=session.dtype,
             mesh=session.mesh,
         )
-
-        def shifts(params, opt_state):
-            old = (self.plan, params, cfg.model, self.optimizer.cfg, opt_state)
-            return selection_shift(*old), lookahead_shift(*old)
-
-        self._shifts = jax.jit(shifts)
         self._reference = None
         self._mismatch: float | None = None
         self._decided: tuple[bool, bool] | None = None
@@ -105,65 +85,26 @@ class RLTrainer:
 
     def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Any]]:
         """One rollout batch: sample, verify, learn."""
-        times = {"start": time.monotonic()}
-        chosen = self.order.at(index)
-        shift, lookahead = self._shifts(state.params, state.opt_state)
-        rollout, features = self._sample(state, index, chosen, shift)
-        times["sample"] = time.monotonic()
-        rollout, failures = self._verify(rollout, chosen)
-        times["verify"] = time.monotonic()
-        known = {"shift": shift, "lookahead": lookahead}
-        state, learned = self._learn(state, index, rollout, features, known)
-        times["learn"] = time.monotonic()
-        if self.session.cfg.loop.save_routes and rollout.routes is not None:
-            self._save_routes(rollout, index, chosen)
-        metrics = _rollout_metrics(rollout) | {"verifier_failures": failures} | _times(times)
-        metrics["tokens_per_second"] = rollout.loss_mask.sum() / (times["learn"] - times["start"])
+        gathered = self.source.gather(state, index)
+        start = time.monotonic()
+        state, learned = self._learn(state, index, gathered)
+        seconds = time.monotonic() - start
+        metrics = gathered.metrics | {"time/learn": seconds}
+        tokens = gathered.rollout.loss_mask.sum()
+        metrics["tokens_per_second"] = tokens / (gathered.seconds + seconds)
         return state, {k: (float(v), 1.0) for k, v in metrics.items()} | learned
 
-    def _sample(
-        self, state: TrainState, index: int, chosen: np.ndarray, shift: Array | None
-    ) -> tuple[Rollout, RouterFeatures | None]:
-        cfg = self.cfg
-        recorded = self.session.cfg.replay.features == "recorded"
-        rollout, features = self.session.sampler.rollout(
-            [self.prompts[i] for i in chosen],
-            cfg.samples_per_prompt,
-            cfg.sampling,
-            params=state.params,
-            key=self.session.key("rollout"),
-            request_offset=index * cfg.rows,
-            policy_version=index * cfg.mini_steps,
-            shift=shift,
-            feature_tokens=self.plan.features if recorded else 0,
-        )
-        ids = np.repeat(chosen, cfg.samples_per_prompt).astype(np.int32)
-        return rollout.replace(prompt_ids=ids), features
-
-    def _verify(self, rollout: Rollout, chosen: np.ndarray) -> tuple[Rollout, int]:
-        pool = self.session.pool
-        before = _failures(pool)
-        problems = [self.problems[i] for i in chosen]
-        n = self.cfg.samples_per_prompt
-        scored, _ = score_rollout(rollout, problems, n, self.session.tokenizer, pool)
-        return scored, _failures(pool) - before
-
     def _learn(
-        self,
-        state: TrainState,
-        index: int,
-        rollout: Rollout,
-        features: RouterFeatures | None,
-        known: dict[str, Array | None],
+        self, state: TrainState, index: int, gathered: Gathered
     ) -> tuple[TrainState, dict[str, Any]]:
-        cfg = self.cfg
+        cfg, rollout = self.cfg, gathered.rollout
         batch = make_batch(
             rollout,
             group_advantages(rollout.rewards, rollout.group_ids),
             bucket=cfg.length_bucket,
             use_routes=self.plan.recorder == "sampler",
-            features=features,
-        ).replace(**known)
+            features=gathered.features,
+        ).replace(shift=gathered.shift, lookahead=gathered.lookahead)
         batch = self._scored(state.params, batch, rollout, index)
         silent = zero_variance(rollout.rewards, rollout.group_ids)
         keep = ~silent if cfg.filter_zero_variance else np.ones_like(silent)
@@ -244,18 +185,6 @@ class RLTrainer:
         self._mismatch = float(value) / max(float(weight), 1.0)
         return out | total
 
-    def _save_routes(self, rollout: Rollout, index: int, chosen: np.ndarray) -> None:
-        cfg = self.session.cfg
-        meta = {
-            "step": index,
-            "mode": cfg.replay.mode,
-            "num_experts": cfg.model.moe.num_experts,
-            "prompt_lengths": rollout.prompt_lengths.tolist(),
-            "lengths": rollout.lengths.tolist(),
-            "problems": [self.problems[i].id for i in chosen],
-        }
-        save_routes(self.session.workdir / "routes" / f"step_{index:06d}", rollout.routes, meta)
-
     def evaluate(self, state: TrainState, index: int) -> dict[str, float]:
         """Held-out figures, where there is an evaluator."""
         return {} if self.evaluator is None else self.evaluator.quick(state.params, index)
@@ -267,23 +196,3 @@ class RLTrainer:
     def remember(self, memory: dict[str, Any]) -> None:
         """Takes back what `memory` gave."""
         self._mismatch = memory["mismatch"]
-
-
-def _failures(pool: VerifierPool) -> int:
-    """Responses so far that a verifier could not judge within its limits."""
-    return sum(pool.stats[kind] for kind in ("timeouts", "crashes", "memory", "errors"))
-
-
-def _rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    return {
-        "reward": rollout.rewards.mean(),
-        "solved": (rollout.rewards >= 1.0).mean(),
-        "response_length": (rollout.lengths - rollout.prompt_lengths).mean(),
-        "stopped": (rollout.finish == FINISH_STOP).mean(),
-    }
-
-
-def _times(marks: dict[str, float]) -> dict[str, float]:
-    """Seconds of each phase from the moments at which they ended."""
-    names, moments = list(marks), list(marks.values())
-    return {f"time/{n}": b - a for n, a, b in zip(names[1:], moments, moments[1:], strict=False)}
