@@ -5,14 +5,21 @@ A name that ends in `_max` holds (extreme, 1); `core.metrics.merge` joins parts 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pr2jax.core.metrics import Metrics
+from pr2jax.core.params import Tree
+from pr2jax.models.config import ModelConfig
 from pr2jax.models.router import agreement as overlap
-from pr2jax.models.transformer import RouterOutput
+from pr2jax.models.router import select
+from pr2jax.models.transformer import RouterOutput, selection_biases
+
+Rule = Callable[[Float[Array, "L B C E"]], Int[Array, "L B C K"]]
 
 
 def _mean(values: Array, mask: Array) -> tuple[Array, Array]:
@@ -48,33 +55,64 @@ def replay_diagnostics(router: RouterOutput, token_mask: Bool[Array, "B T"], top
     )
 
 
+def selection_rule(params: Tree, model_cfg: ModelConfig) -> Rule:
+    """The routers' own choice of experts from logits of all MoE layers.
+
+    With the selection biases of `params`, where there are any: a route of older logits is then
+    the one that they give today.
+    """
+    choose = functools.partial(select, cfg=model_cfg.moe)
+    biases = selection_biases(params, model_cfg)
+    if biases is None:
+        return lambda logits: choose(logits, None)
+    return lambda logits: jax.vmap(choose)(logits, biases)
+
+
 def flip_diagnostics(
     logits_old: Float[Array, "L B C E"],
     logits_now: Float[Array, "L B C E"],
     mask: Bool[Array, "B C"],
-    select: Callable[[Float[Array, "L B C E"]], Int[Array, "L B C K"]],
+    rule: Rule,
     agreement: Int[Array, "L B C"] | None = None,
 ) -> Metrics:
     """The un-shifted old route against the live one, at the tokens whose features were kept.
 
     `flips`: share of (token, layer) whose un-shifted sets differ, overall and by layer.
-    `old_route_zero_deviation`: share of tokens without a flip in any layer. With `agreement`
-    (of the *used* route, from the same forward): `paired_zero_deviation`, the used route's on the
-    same tokens; it minus the old route's is what the shift won.
+    `old_route_zero_deviation`: share of tokens without a flip in any layer; `old_route_agreement`:
+    |old & live| / k. With `agreement` (of the *used* route, from the same forward):
+    `paired_zero_deviation` and `paired_agreement`, the used route's on the same tokens; they minus
+    the old route's are what the shift won.
 
     Args:
-      select: the router's own selection rule.
+      rule: the router's own selection rule (`selection_rule`).
     """
-    old, now = select(logits_old), select(logits_now)
+    old, now = rule(logits_old), rule(logits_now)
     top_k = now.shape[-1]
-    flipped = overlap(old, now) < top_k
-    out = _per_layer("flips", flipped.astype(jnp.float32), mask)
-    kept = ~jnp.any(flipped, axis=0)
-    out["old_route_zero_deviation"] = _mean(kept.astype(jnp.float32), mask)
-    if agreement is not None:
-        same = jnp.all(agreement == top_k, axis=0).astype(jnp.float32)
-        out["paired_zero_deviation"] = _mean(same, mask)
+    common = overlap(old, now)
+    out = _per_layer("flips", (common < top_k).astype(jnp.float32), mask)
+    pairs = {"old_route": common} | ({} if agreement is None else {"paired": agreement})
+    for name, found in pairs.items():
+        same = jnp.all(found == top_k, axis=0).astype(jnp.float32)
+        out[f"{name}_zero_deviation"] = _mean(same, mask)
+        out[f"{name}_agreement"] = _mean(found.astype(jnp.float32) / top_k, mask)
     return out
+
+
+def logits_kl(
+    logits_now: Float[Array, "L B C E"], logits: Float[Array, "L B C E"], mask: Bool[Array, "B C"]
+) -> tuple[Array, Array]:
+    """(sum over tokens, tokens) of KL(softmax(now) || softmax(logits)), summed over layers, nats.
+
+    PR2's predictor loss of any logits; of the un-shifted old ones it is the loss of W_p = 0.
+    """
+    now, other = jax.nn.log_softmax(logits_now), jax.nn.log_softmax(logits)
+    return _mean(jnp.sum(jnp.exp(now) * (now - other), axis=(0, -1)), mask)
+
+
+def push(inputs: Float[Array, "L B C D"], shift: Float[Array, "L D E"]) -> Float[Array, "L B C E"]:
+    """h S, in fp32."""
+    inputs = inputs.astype(jnp.float32)
+    return jnp.einsum("lbcd,lde->lbce", inputs, shift, precision=jax.lax.Precision.HIGHEST)
 
 
 def shift_ratio(
@@ -87,9 +125,8 @@ def shift_ratio(
 
     `inputs` and `logits` are those that the shift met, of the old policy.
     """
-    push = jnp.einsum("lbcd,lde->lbce", inputs.astype(jnp.float32), shift)
     size = jnp.linalg.norm(logits, axis=-1)
-    ratio = jnp.linalg.norm(push, axis=-1) / jnp.maximum(size, 1e-30)
+    ratio = jnp.linalg.norm(push(inputs, shift), axis=-1) / jnp.maximum(size, 1e-30)
     return _per_layer("shift_ratio", ratio, mask)
 
 

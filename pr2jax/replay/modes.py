@@ -50,6 +50,9 @@ class ReplayConfig:
       depth_gate: how the gate on h W_p falls from 1 at the first MoE layer to depth_floor at the
         last.
       kappa: mini-steps that `lookahead` extrapolates the router's next Adam step.
+      keep_features: keep router features in every mode, also in those that do not need them, so
+        that flips and KL of the un-shifted old route are measured in all.
+      probe_every: of so many rollout batches the last two are probed (`train/probe.py`; 0: none).
     """
 
     mode: Mode = "pr2"
@@ -62,6 +65,8 @@ class ReplayConfig:
     depth_gate: DepthGate = "none"
     depth_floor: float = 0.0
     kappa: float = 4.0
+    keep_features: bool = False
+    probe_every: int = 0
 
     def validate(self) -> None:
         """Raises ConfigError("key: why")."""
@@ -71,6 +76,11 @@ class ReplayConfig:
             raise ConfigError(f"feature_tokens: must be >= 0, got {self.feature_tokens}")
         if "pr2" in self.mode and self.feature_tokens == 0:
             raise ConfigError(f"feature_tokens: mode {self.mode!r} trains a predictor, so not 0")
+        for key in ("keep_features", "probe_every"):
+            if getattr(self, key) and self.feature_tokens == 0:
+                raise ConfigError(f"feature_tokens: {key} keeps features, so not 0")
+        if self.probe_every < 0:
+            raise ConfigError(f"probe_every: must be >= 0, got {self.probe_every}")
         if self.margin_max <= 0 or self.margin_min <= 0:
             raise ConfigError("margin_max: margin_max and margin_min must be > 0")
         if not 0.0 <= self.depth_floor <= 1.0:
@@ -108,7 +118,7 @@ def plan(cfg: ReplayConfig) -> ReplayPlan:
     """The plan of a mode."""
     if cfg.mode in ("off", "r2", "r3"):
         recorder = {"off": "none", "r2": "scoring", "r3": "sampler"}[cfg.mode]
-        return ReplayPlan(recorder)
+        return ReplayPlan(recorder, features=cfg.feature_tokens if cfg.keep_features else 0)
     return ReplayPlan(
         "sampler",
         predictor="pr2" in cfg.mode,
@@ -121,6 +131,9 @@ def plan(cfg: ReplayConfig) -> ReplayPlan:
 
 def check_model(cfg: ReplayConfig, model_cfg: ModelConfig) -> None:
     """Raises ConfigError where the model has no routes to replay, or no predictor to train."""
+    for key in ("keep_features", "probe_every"):
+        if getattr(cfg, key) and num_moe_layers(model_cfg) == 0:
+            raise ConfigError(f"replay.{key}: the model is dense, it has no routers to measure")
     if cfg.mode == "off":
         return
     if num_moe_layers(model_cfg) == 0:
