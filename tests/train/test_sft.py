@@ -16,7 +16,7 @@ from pr2jax.models.config import ModelConfig, MoEConfig
 from pr2jax.models.logprobs import logits
 from pr2jax.models.transformer import forward, param_specs, selection_biases
 from pr2jax.train.config import SFTConfig
-from pr2jax.train.sft import make_sft_step, sft_loss
+from pr2jax.train.supervised import make_packed_step, packed_loss
 
 MODEL = ModelConfig(
     vocab_size=20,
@@ -49,7 +49,7 @@ def test_packed_loss_is_the_mean_over_the_targets_of_examples_alone(params, exam
     rows, _ = pack(examples, 16, pad_id=0)
     assert len(rows.tokens) < len(examples)
     loss_fn = jax.jit(
-        lambda p, b: sft_loss(p, b, model=MODEL, cfg=PLAIN, dtype=jnp.float32, mesh=None)
+        lambda p, b: packed_loss(p, b, model=MODEL, cfg=PLAIN, dtype=jnp.float32, mesh=None)
     )
     loss, (metrics, _) = loss_fn(params, rows)
     total, count = 0.0, 0
@@ -77,10 +77,10 @@ def test_router_losses_are_added_and_biases_move_by_their_rule(params, examples)
     cfg = dataclasses.replace(PLAIN, load_balance_coef=0.5, z_coef=0.25, bias_update_rate=0.125)
     optim = OptimConfig(learning_rate=0.0)
     optimizer = build_optimizer(optim, params)
-    step = make_sft_step(MODEL, cfg, optimizer, dtype=jnp.float32, mesh=None)
+    step = make_packed_step(MODEL, cfg, optimizer, dtype=jnp.float32, mesh=None)
     state, metrics = step(create(jax.tree.map(jnp.copy, params), optimizer), rows)
     whole, (found, load) = jax.jit(
-        lambda p, b: sft_loss(p, b, model=MODEL, cfg=cfg, dtype=jnp.float32, mesh=None)
+        lambda p, b: packed_loss(p, b, model=MODEL, cfg=cfg, dtype=jnp.float32, mesh=None)
     )(params, rows)
     value = {k: float(s) / float(w) for k, (s, w) in found.items()}
     expected = value["loss"] + 0.5 * value["load_balance"] + 0.25 * value["router_z"]

@@ -1,0 +1,127 @@
+"""Next-token learning from packed rows: the loss and the steps of pre-training and SFT."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from pr2jax.core.optim import Optimizer
+from pr2jax.core.sharding import batch_sharding
+from pr2jax.core.state import TrainState, all_finite, select_finite
+from pr2jax.data.packing import PackedRows
+from pr2jax.models.config import ModelConfig, num_moe_layers
+from pr2jax.models.logprobs import token_logprobs
+from pr2jax.models.transformer import ForwardOutput, forward
+from pr2jax.rl.update import with_selection_biases
+
+
+class RouterLosses(Protocol):
+    """What a configuration says of the router: weights of its two losses (mean over MoE layers)
+    and the step of its selection bias after each update."""
+
+    load_balance_coef: float
+    z_coef: float
+    bias_update_rate: float
+
+
+def target_logprobs(
+    params, batch: PackedRows, *, model: ModelConfig, stats: bool, dtype, mesh: Mesh | None
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], ForwardOutput]:
+    """Log-probability in nats of the token after each position, 1 where that one is a target
+    (else 0), and the forward's output."""
+    out = forward(
+        params,
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        cfg=model,
+        stats=stats,
+        dtype=dtype,
+        mesh=mesh,
+    )
+    shift = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+    # A target is predicted from the position before it; the first of a segment is never one.
+    logp, _ = token_logprobs(params, out.hidden, shift(batch.tokens), cfg=model)
+    return logp, shift(batch.loss_mask), out
+
+
+def packed_loss(params, batch: PackedRows, *, model: ModelConfig, cfg: RouterLosses, dtype, mesh):
+    """Cross-entropy in nats, mean over the batch's target tokens, and the router's losses.
+
+    Returns (loss, (metrics, assignments an expert [L, E] or None)).
+    """
+    stats = num_moe_layers(model) > 0
+    logp, mask, out = target_logprobs(
+        params, batch, model=model, stats=stats, dtype=dtype, mesh=mesh
+    )
+    count, one = jnp.sum(mask), jnp.float32(1.0)
+    total = -jnp.sum(logp * mask)
+    loss = total / jnp.maximum(count, 1.0)
+    real = jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
+    metrics = {"loss": (total, count), "tokens": (real, one)}
+    if stats:
+        balance, z = jnp.mean(out.router.load_balance), jnp.mean(out.router.z)
+        loss = loss + cfg.load_balance_coef * balance + cfg.z_coef * z
+        busiest = jnp.max(out.router.load, axis=-1) / jnp.mean(out.router.load, axis=-1)
+        metrics |= {
+            "load_balance": (balance, one),
+            "router_z": (z, one),
+            "load_max": (jnp.max(busiest), one),
+        }
+    return loss, (metrics, out.router.load)
+
+
+def make_packed_step(
+    model: ModelConfig, cfg: RouterLosses, optimizer: Optimizer, *, dtype, mesh: Mesh | None
+) -> Callable[[TrainState, PackedRows], tuple[TrainState, dict[str, Any]]]:
+    """The jitted (state, batch) -> (state, metrics); a non-finite step changes nothing.
+
+    Metrics: `loss` (targets only), `tokens` (real ones), `load_balance` (1 at balance),
+    `router_z`, `load_max` (the busiest expert's load over the mean, worst layer), `skipped`, and
+    the optimizer's.
+    """
+    loss_fn = functools.partial(packed_loss, model=model, cfg=cfg, dtype=dtype, mesh=mesh)
+
+    @functools.partial(jax.jit, donate_argnums=(0,))
+    def step(state: TrainState, batch: PackedRows):
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (metrics, load)), grads = gradient(state.params, batch)
+        params, opt_state, moved = optimizer.update(grads, state.opt_state, state.params)
+        params = with_selection_biases(params, state.params, load, model, cfg.bias_update_rate)
+        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        ok = all_finite(loss, grads)
+        metrics = metrics | moved
+        metrics["skipped"] = (1.0 - ok.astype(jnp.float32), jnp.float32(1.0))
+        return select_finite(ok, new, state), metrics
+
+    return step
+
+
+def make_packed_score(
+    model: ModelConfig, *, dtype, mesh: Mesh | None
+) -> Callable[[Any, PackedRows], tuple[Float[Array, ""], Float[Array, ""]]]:
+    """The jitted (params, batch) -> (nats of all targets, how many): loss is their ratio."""
+
+    @jax.jit
+    def score(params, batch: PackedRows):
+        logp, mask, _ = target_logprobs(
+            params, batch, model=model, stats=False, dtype=dtype, mesh=mesh
+        )
+        return -jnp.sum(logp * mask), jnp.sum(mask)
+
+    return score
+
+
+def place_rows(rows: PackedRows, mesh: Mesh | None) -> PackedRows:
+    """This process's rows of a batch as global arrays over the mesh (no mesh: as they are)."""
+    if mesh is None:
+        return PackedRows(*(np.ascontiguousarray(field) for field in rows))
+    sharding = batch_sharding(mesh, 2)
+    return PackedRows(*(jax.make_array_from_process_local_data(sharding, f) for f in rows))
