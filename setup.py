@@ -21,6 +21,7 @@ setup(
         JAX.format(extra=""),
         "absl-py",
         "flax",
+        "gguf",
         "grain",
         "jaxtyping",
         "math-verify[antlr4_13_2]",

@@ -1,4 +1,4 @@
-"""Small models of both families and their random checkpoints, for the importers' tests."""
+"""Small models of the families and their random checkpoints, for the importers' tests."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ QWEN = ModelConfig(
 OLMOE = dataclasses.replace(
     QWEN, qk_norm="full", norm_eps=1e-5, moe=dataclasses.replace(QWEN.moe, normalize="none")
 )
+QWEN_DENSE = dataclasses.replace(QWEN, moe=None)
+LLAMA = dataclasses.replace(QWEN_DENSE, qk_norm="none")
 
 
 def change(cfg, moe=None, **fields):
-    return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, **(moe or {})), **fields)
+    if moe:
+        fields["moe"] = dataclasses.replace(cfg.moe, **moe)
+    return dataclasses.replace(cfg, **fields)
 
 
 def random_params(cfg, seed=0, dtype=np.float32):

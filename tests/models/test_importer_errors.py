@@ -26,8 +26,10 @@ from pr2jax.models.importers.hf import (
 )
 from pr2jax.models.transformer import param_specs
 from tests.models.checkpoints import (
+    LLAMA,
     OLMOE,
     QWEN,
+    QWEN_DENSE,
     assert_same_params,
     assert_same_tensors,
     change,
@@ -82,7 +84,10 @@ def test_wrong_tensors_are_named(folder, fn, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "mamba"}, r"unknown model_type 'mamba' .*; known: olmoe, qwen3_moe"),
+        (
+            {"model_type": "mamba"},
+            r"unknown model_type 'mamba' .*; known: llama, olmoe, qwen3, qwen3_moe",
+        ),
         ({"model_type": "absent"}, r"unknown model_type None"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, 'silu' is"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
@@ -121,6 +126,35 @@ def test_unsupported_olmoe(tmp_path, changes, message):
     edit_config(tmp_path, **changes)
     with pytest.raises(CheckpointFormatError, match=message):
         import_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "cfg, family, changes, message",
+    [
+        (LLAMA, "llama", {"mlp_bias": True}, "mlp_bias=True"),
+        (LLAMA, "llama", {"rope_interleaved": True}, "rope_interleaved=True"),
+        (QWEN_DENSE, "qwen3", {"head_dim": "absent"}, "head_dim is missing"),
+        (QWEN_DENSE, "qwen3", {"layer_types": ["full_attention", "chunked"]}, "layer_types="),
+        (QWEN_DENSE, "qwen3", {"layer_types": ["full_attention"]}, "layer_types="),
+    ],
+)
+def test_unsupported_dense(tmp_path, cfg, family, changes, message):
+    export_checkpoint(cfg, random_params(cfg), tmp_path, family)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(CheckpointFormatError, match=message):
+        import_checkpoint(tmp_path)
+
+
+def test_windows_of_a_config_without_layer_types(tmp_path):
+    """Published Qwen3 configurations say only from which layer on there are windows."""
+    cfg = dataclasses.replace(
+        QWEN_DENSE, num_layers=3, sliding_window=4, window_pattern=(False, True, True)
+    )
+    export_checkpoint(cfg, random_params(cfg), tmp_path, "qwen3")
+    edit_config(tmp_path, layer_types="absent")
+    assert import_checkpoint(tmp_path)[0] == cfg
+    edit_config(tmp_path, max_window_layers=3)
+    assert import_checkpoint(tmp_path)[0].sliding_window == 0
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, -1])
@@ -179,7 +213,6 @@ def test_a_stored_tied_head_must_be_the_embedding(tmp_path):
     [
         ("qwen3_moe", change(QWEN, {"shared_dim": 8}), r"moe\.shared_dim=8"),
         ("qwen3_moe", change(QWEN, {"score": "sigmoid"}), r"moe\.score='sigmoid'"),
-        ("qwen3_moe", change(QWEN, {"selection_bias": True}), r"moe\.selection_bias=True"),
         ("qwen3_moe", change(QWEN, {"routed_scaling": 2.5}), r"moe\.routed_scaling=2\.5"),
         ("qwen3_moe", change(QWEN, qk_norm="full"), "qk_norm='full'"),
         ("qwen3_moe", change(QWEN, clip_qkv=1.0), "clip_qkv=1.0"),
@@ -193,7 +226,13 @@ def test_a_stored_tied_head_must_be_the_embedding(tmp_path):
         ("olmoe", change(OLMOE, head_dim=16), "head_dim=16"),
         ("olmoe", change(OLMOE, sliding_window=4), "sliding_window=4"),
         ("olmoe", dataclasses.replace(OLMOE, moe=None), "moe=None"),
-        ("llama", QWEN, "unknown family 'llama'"),
+        ("llama", QWEN, r"llama cannot express MoE layers \(layer 0\)"),
+        ("llama", QWEN_DENSE, "qk_norm='head'"),
+        ("llama", change(LLAMA, num_heads=6, num_kv_heads=2), "num_heads=6 with d_model=32"),
+        ("llama", change(LLAMA, sliding_window=4), "sliding_window=4"),
+        ("qwen3", change(QWEN, dense_layers=(0,)), r"qwen3 cannot express MoE layers \(layer 1\)"),
+        ("qwen3", LLAMA, "qk_norm='none'"),
+        ("mamba", QWEN, "unknown family 'mamba'"),
     ],
 )
 def test_what_a_family_cannot_express_is_refused(tmp_path, family, cfg, message):
@@ -244,7 +283,7 @@ def test_command_line_there_and_back(folder, tmp_path, capsys):
     as_arrays = jax.tree.map(lambda a: a.read().result(), params)
     assert_same_params(as_arrays, random_params(QWEN))
     assert hf.main(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
-    assert "left out" not in capsys.readouterr().out
+    assert "dropped" not in capsys.readouterr().out
     assert_same_tensors(tmp_path / "back", folder)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["eos_token_id"], config["max_position_embeddings"]) == (7, 123)
@@ -257,13 +296,59 @@ def test_command_line_there_and_back(folder, tmp_path, capsys):
     assert "not a finished pr2jax checkpoint" in capsys.readouterr().err
 
 
-def test_a_trained_predictor_is_said_to_be_left_out(folder, tmp_path, capsys):
+def test_what_was_trained_is_dropped_only_by_name(folder, tmp_path, capsys):
     hf.main(["import", str(folder), str(tmp_path / "ours")])
     _, params = load_params(tmp_path / "ours")
+    path = "segment_0/block_0/moe/predictor/kernel"
     params["segment_0"]["block_0"]["moe"]["predictor"]["kernel"][1, 2, 3].write(0.5).result()
-    assert hf.main(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
-    out = capsys.readouterr().out
-    assert "left out: trained route predictors segment_0/block_0/moe/predictor/kernel" in out
+    command = ["export", str(tmp_path / "ours"), str(tmp_path / "back")]
+    assert hf.main(command) == 1
+    said = capsys.readouterr().err
+    assert f"predictor: qwen3_moe has no place for it, and this model's was trained ({path}" in said
+    assert "--drop=predictor" in said
+    assert not (tmp_path / "back").exists()
+    assert hf.main([*command, "--drop=selection_bias"]) == 1
+    assert hf.main([*command, "--drop=selection_bias,predictor"]) == 0
+    assert f"dropped, though trained: {path}" in capsys.readouterr().out
+    assert_same_tensors(tmp_path / "back", folder)
+    with pytest.raises(SystemExit):
+        hf.main([*command, "--drop=router"])
+    assert "'router' is none of predictor, selection_bias" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="'router' is none of"):
+        export_checkpoint(QWEN, random_params(QWEN), tmp_path / "no", drop=["router"])
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", None])
+def test_a_selection_bias_is_dropped_where_it_does_nothing(tmp_path, caplog, family):
+    cfg = change(QWEN, {"selection_bias": True})
+    params = random_params(cfg)
+    router = params["segment_0"]["block_0"]["moe"]["router"]
+    router["selection_bias"][:] = 0
+    with caplog.at_level("INFO", "pr2jax"):
+        assert export_checkpoint(cfg, params, tmp_path / "zero", family) == []
+    for name in ("selection_bias", "predictor"):
+        assert f"the {name} is zero and is left out" in caplog.text
+    got, imported = import_checkpoint(tmp_path / "zero")
+    assert got == QWEN
+    router["selection_bias"][1, 3] = -0.1
+    path = "segment_0/block_0/moe/router/selection_bias"
+    with pytest.raises(CheckpointFormatError, match=rf"selection_bias: .*{path} is not zero"):
+        export_checkpoint(cfg, params, tmp_path / "no", family)
+    dropped = export_checkpoint(cfg, params, tmp_path / "yes", family, drop=["selection_bias"])
+    assert dropped == [path]
+    del router["selection_bias"]
+    for folder in ("zero", "yes"):
+        assert_same_params(import_checkpoint(tmp_path / folder)[1], params)
+    assert_same_params(imported, params)
+
+
+@pytest.mark.parametrize(
+    "cfg, family",
+    [(LLAMA, "llama"), (QWEN_DENSE, "qwen3"), (QWEN, "qwen3_moe"), (OLMOE, "olmoe")],
+)
+def test_the_family_is_found(tmp_path, cfg, family):
+    export_checkpoint(cfg, random_params(cfg), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == family
 
 
 def test_a_training_run_is_exported(tmp_path, capsys):

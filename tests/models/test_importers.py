@@ -18,8 +18,10 @@ from pr2jax.models.importers.hf import (
 )
 from pr2jax.models.transformer import forward
 from tests.models.checkpoints import (
+    LLAMA,
     OLMOE,
     QWEN,
+    QWEN_DENSE,
     assert_same_params,
     assert_same_tensors,
     change,
@@ -105,8 +107,81 @@ CASES = {
             attention_out_bias=True,
         ),
     ),
+    "llama_llama3_tied": (
+        "llama",
+        change(
+            LLAMA,
+            num_heads=8,
+            num_kv_heads=2,
+            head_dim=4,
+            tie_embeddings=True,
+            rope_theta=1e5,
+            norm_eps=1e-5,
+            rope_scaling=RopeScaling(
+                "llama3",
+                factor=8.0,
+                original_max_position=16,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+            ),
+        ),
+    ),
+    "llama_bias_wide_heads_linear": (
+        "llama",
+        change(
+            LLAMA,
+            num_layers=3,
+            num_kv_heads=1,
+            head_dim=10,
+            attention_bias=True,
+            attention_out_bias=True,
+            rope_scaling=RopeScaling("linear", factor=2.0),
+        ),
+    ),
+    "llama_yarn_bfloat16": (
+        "llama",
+        change(
+            LLAMA,
+            num_kv_heads=4,
+            rope_scaling=RopeScaling("yarn", factor=4.0, original_max_position=16),
+        ),
+    ),
+    "qwen3_tied_some_windows": (
+        "qwen3",
+        change(
+            QWEN_DENSE,
+            num_layers=5,
+            num_heads=5,
+            num_kv_heads=1,
+            tie_embeddings=True,
+            rope_theta=1e6,
+            sliding_window=5,
+            window_pattern=(False, True, True, False, True),
+        ),
+    ),
+    "qwen3_bias_llama3_windows": (
+        "qwen3",
+        change(
+            QWEN_DENSE,
+            attention_bias=True,
+            attention_out_bias=True,
+            sliding_window=4,
+            rope_scaling=RopeScaling("llama3", factor=4.0, original_max_position=16),
+        ),
+    ),
+    "qwen3_yarn": (
+        "qwen3",
+        change(
+            QWEN_DENSE,
+            num_kv_heads=4,
+            rope_scaling=RopeScaling("yarn", factor=3.0, original_max_position=16),
+        ),
+    ),
 }
-DTYPE = {"olmoe_odd_heads_bfloat16": ml_dtypes.bfloat16}
+DTYPE = {
+    "olmoe_odd_heads_bfloat16": ml_dtypes.bfloat16,
+    "llama_yarn_bfloat16": ml_dtypes.bfloat16,
+}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +212,7 @@ def run(cfg, params, tokens, positions, segment_ids):
         return logprobs.logits(params, out.hidden, cfg), out.routes
 
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    return [np.asarray(a) for a in apply(params, tokens)]
+    return [None if a is None else np.asarray(a) for a in apply(params, tokens)]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -150,12 +225,17 @@ def test_logits_and_routes_of_transformers(checked, name):
     want = arrays[name + "/logits"]
     assert 0.5 < want.std() < 2.0, "logits are meant to be of unit scale"
     assert np.abs(logits - want).max() <= 2e-4
+    if cfg.moe is None:
+        assert routes is None
+        return
     # In transformers a gate is the k-th's, and so is a route: the order counts too.
     np.testing.assert_array_equal(routes, arrays[name + "/routes"])
     assert routes.shape[0] == num_moe_layers(cfg)
 
 
-@pytest.mark.parametrize("name", ["qwen_3_heads_1_kv", "qwen_yarn_window", "olmoe_clip"])
+@pytest.mark.parametrize(
+    "name", ["qwen_3_heads_1_kv", "qwen_yarn_window", "olmoe_clip", "qwen3_tied_some_windows"]
+)
 def test_packed_rows_are_the_rows_apart(checked, name):
     """Three documents in one row, with padding behind them, as transformers has them in three."""
     base, _, arrays = checked
@@ -172,6 +252,8 @@ def test_packed_rows_are_the_rows_apart(checked, name):
     logits, routes = run(cfg, params, packed, jnp.asarray(positions), jnp.asarray(segment_ids))
     rows = [arrays[name + "/logits"][i, :n] for i, n in enumerate(lengths)]
     assert np.abs(logits[0, :total] - np.concatenate(rows)).max() <= 2e-4
+    if cfg.moe is None:
+        return
     rows = [arrays[name + "/routes"][:, i, :n] for i, n in enumerate(lengths)]
     np.testing.assert_array_equal(routes[:, 0, :total], np.concatenate(rows, axis=1))
 

@@ -122,7 +122,7 @@ def _num_experts(hf: Mapping[str, Any]) -> int:
 
 
 def _read_common(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that both families call by the same names."""
+    """The fields that all families call by the same names."""
     heads = hf["num_attention_heads"]
     return {
         "vocab_size": hf["vocab_size"],
@@ -169,6 +169,75 @@ def _write_moe(moe: MoEConfig) -> dict[str, Any]:
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "norm_topk_prob": moe.normalize != "none",
+    }
+
+
+def _require_dense(cfg: ModelConfig, family: str) -> None:
+    moe = [i for i, block in enumerate(block_specs(cfg)) if block.moe]
+    if moe:
+        raise CheckpointFormatError(f"{family} cannot express MoE layers (layer {moe[0]})")
+
+
+def _read_llama(hf: Mapping[str, Any]) -> ModelConfig:
+    require(hf, "mlp_bias", False)
+    require(hf, "rope_interleaved", False)
+    return ModelConfig(
+        **_read_common(hf), moe=None, qk_norm="none", norm_eps=hf.get("rms_norm_eps", 1e-6)
+    )
+
+
+def _write_llama(cfg: ModelConfig) -> dict[str, Any]:
+    _require_dense(cfg, "llama")
+    if cfg.d_model % cfg.num_heads:
+        raise CheckpointFormatError(
+            f"llama cannot express num_heads={cfg.num_heads} with d_model={cfg.d_model}"
+        )
+    return {
+        **_write_common(cfg),
+        "head_dim": cfg.head_dim,
+        "intermediate_size": cfg.dense_dim,
+        "mlp_bias": False,
+    }
+
+
+def _read_qwen3(hf: Mapping[str, Any]) -> ModelConfig:
+    layers, window = hf["num_hidden_layers"], 0
+    if hf.get("use_sliding_window", False):
+        window = hf.get("sliding_window", 4096)
+    # Not derived from the other sizes where they are absent, as they are in other families.
+    if missing := [k for k in ("head_dim", "num_key_value_heads") if k not in hf]:
+        raise KeyError(missing[0])
+    # Where the layers' kinds are not listed, the first max_window_layers see everything.
+    first = hf.get("max_window_layers", 28)
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown or len(kinds) != layers:
+        raise CheckpointFormatError(f"config.json: layer_types={kinds} is not supported")
+    pattern = tuple(kind == "sliding_attention" for kind in kinds)
+    windowed = window > 0 and any(pattern)
+    return ModelConfig(
+        **_read_common(hf),
+        moe=None,
+        qk_norm="head",
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        sliding_window=window if windowed else 0,
+        window_pattern=pattern if windowed else (True,),
+    )
+
+
+def _write_qwen3(cfg: ModelConfig) -> dict[str, Any]:
+    _require_dense(cfg, "qwen3")
+    windows = [block.window > 0 for block in block_specs(cfg)]
+    return {
+        **_write_common(cfg),
+        "head_dim": cfg.head_dim,
+        "intermediate_size": cfg.dense_dim,
+        "use_sliding_window": any(windows),
+        "sliding_window": cfg.sliding_window or None,
+        "max_window_layers": windows.index(True) if any(windows) else cfg.num_layers,
+        "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
     }
 
 
@@ -241,8 +310,11 @@ def _canonical(cfg: ModelConfig) -> ModelConfig:
     changes |= {"first_dense": 0, "moe_every": 1, "dense_layers": tuple(dense)}
     if not dense:
         changes["dense_dim"] = default.dense_dim
-    if not cfg.sliding_window or all(cfg.window_pattern):
-        changes["window_pattern"] = default.window_pattern
+    windows = tuple(block.window > 0 for block in block_specs(cfg))
+    if not any(windows):
+        changes["sliding_window"] = default.sliding_window
+    some = any(windows) and not all(windows)
+    changes["window_pattern"] = windows if some else default.window_pattern
     if cfg.moe is not None:
         plain = MoEConfig()
         moe = dataclasses.replace(
@@ -272,7 +344,7 @@ _TOP = (
     Row("lm_head.weight", "lm_head/kernel", inputs=1),
 )
 
-_LAYER = (
+_ATTENTION = (
     Row("input_layernorm.weight", "attention_norm/scale"),
     Row("self_attn.q_proj.weight", "attention/q/kernel", inputs=1),
     Row("self_attn.k_proj.weight", "attention/k/kernel", inputs=1),
@@ -285,6 +357,9 @@ _LAYER = (
     Row("self_attn.q_norm.weight", "attention/q_norm/scale"),
     Row("self_attn.k_norm.weight", "attention/k_norm/scale"),
     Row("post_attention_layernorm.weight", "ffn_norm/scale"),
+)
+
+_EXPERTS = (
     Row("mlp.gate.weight", "moe/router/kernel", inputs=1),
     Row("mlp.experts.{expert}.gate_proj.weight", "moe/experts/gate", inputs=1),
     Row("mlp.experts.{expert}.up_proj.weight", "moe/experts/up", inputs=1),
@@ -297,12 +372,29 @@ _DENSE = (
     Row("mlp.down_proj.weight", "ffn/down", inputs=1),
 )
 
+# In the order in which export tries them.
 FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        top=_TOP,
+        layer=_ATTENTION + _DENSE,
+        read=_read_llama,
+        write=_write_llama,
+    ),
+    "qwen3": Family(
+        model_type="qwen3",
+        architecture="Qwen3ForCausalLM",
+        top=_TOP,
+        layer=_ATTENTION + _DENSE,
+        read=_read_qwen3,
+        write=_write_qwen3,
+    ),
     "qwen3_moe": Family(
         model_type="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
         top=_TOP,
-        layer=_LAYER + _DENSE,
+        layer=_ATTENTION + _EXPERTS + _DENSE,
         read=_read_qwen3_moe,
         write=_write_qwen3_moe,
     ),
@@ -310,7 +402,7 @@ FAMILIES: dict[str, Family] = {
         model_type="olmoe",
         architecture="OlmoeForCausalLM",
         top=_TOP,
-        layer=_LAYER,
+        layer=_ATTENTION + _EXPERTS,
         read=_read_olmoe,
         write=_write_olmoe,
     ),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +19,21 @@ from safetensors import SafetensorError, safe_open
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+# Kept beside imported parameters, for their tokenizer and for export.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 class CheckpointFormatError(ValueError):
@@ -29,6 +47,61 @@ class Found:
     file: str
     shape: tuple[int, ...]
     dtype: np.dtype
+
+
+class Source(Protocol):
+    """A published checkpoint, told in the names and shapes of Hugging Face."""
+
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+        ...
+
+    def inspect(self) -> dict[str, Found]:
+        """Every tensor in it, by its header alone."""
+        ...
+
+    def stream(
+        self, found: Mapping[str, Found], skip: set[str]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """All tensors but those to skip."""
+        ...
+
+    def check_tied(self, found: Mapping[str, Found]) -> None:
+        """Raises CheckpointFormatError where a tied head that is stored is not the embedding."""
+        ...
+
+    def write_companions(self, dst: Path) -> None:
+        """Writes config.json, the tokenizer's files and the like into `dst`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A Hugging Face directory as a Source."""
+
+    path: Path
+
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return read_json(self.path / "config.json")
+
+    def inspect(self) -> dict[str, Found]:
+        """As the function of this name."""
+        return inspect(self.path)
+
+    def stream(
+        self, found: Mapping[str, Found], skip: set[str]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """As the function of this name."""
+        return stream(self.path, found, skip)
+
+    def check_tied(self, found: Mapping[str, Found]) -> None:
+        """As the function of this name."""
+        check_tied(self.path, found)
+
+    def write_companions(self, dst: Path) -> None:
+        """Copies what is there of COMPANIONS."""
+        copy_companions(self.path, dst)
 
 
 def inspect(src: Path) -> dict[str, Found]:
@@ -127,3 +200,35 @@ def require(hf: Mapping[str, Any], key: str, value: Any) -> None:
         raise CheckpointFormatError(
             f"config.json: {key}={hf[key]!r} is not supported, {value!r} is"
         )
+
+
+def require_empty(dst: Path) -> None:
+    """Makes the folder `dst`; CheckpointFormatError where something is in it."""
+    dst.mkdir(parents=True, exist_ok=True)
+    if any(dst.iterdir()):
+        raise CheckpointFormatError(f"{dst} is not empty")
+
+
+def copy_companions(src: Path, dst: Path) -> None:
+    """Copies what `src` has of COMPANIONS and `dst` has not."""
+    for name in COMPANIONS:
+        if (src / name).exists() and not (dst / name).exists():
+            shutil.copyfile(src / name, dst / name)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `path` when all went well: never half of it.
+
+    Where another process was first, its folder stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=path.name + ".", dir=path.parent))
+    try:
+        yield partial
+        with contextlib.suppress(FileExistsError, OSError):
+            os.rename(partial, path)
+        if not path.is_dir():
+            raise CheckpointFormatError(f"{path}: cannot be made of {partial}")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -23,8 +23,8 @@ def run(arrays, params):
     """For each of params["cases"] {name, folder, resave, shard}: loads `folder` in fp32, runs
     arrays["NAME/tokens"] [B, T], saves it to `resave` in shards of at most `shard` bytes.
 
-    Returns NAME/logits [B, T, V], NAME/routes [L, B, T, K] (sorted by score) and
-    NAME/router_logits [L, B, T, E].
+    Returns NAME/logits [B, T, V] and, of a model with MoE layers, NAME/routes [L, B, T, K] (sorted
+    by score) and NAME/router_logits [L, B, T, E].
     """
     torch.set_num_threads(2)
     out = {}
@@ -43,8 +43,9 @@ def run(arrays, params):
             raise ValueError(f"{name}: loading says {info}")
         logits, seen = forward(model, tokens)
         out[name + "/logits"] = logits.numpy()
-        shape = (len(seen), *tokens.shape, -1)
-        out[name + "/router_logits"] = np.stack([p.numpy() for p, _ in seen]).reshape(shape)
-        out[name + "/routes"] = np.stack([r.numpy() for _, r in seen]).reshape(shape)
+        if seen:
+            shape = (len(seen), *tokens.shape, -1)
+            out[name + "/router_logits"] = np.stack([p.numpy() for p, _ in seen]).reshape(shape)
+            out[name + "/routes"] = np.stack([r.numpy() for _, r in seen]).reshape(shape)
         model.save_pretrained(case["resave"], max_shard_size=case["shard"])
     return out
