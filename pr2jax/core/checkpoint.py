@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -69,7 +70,10 @@ class Checkpointer:
             if read_only:
                 raise CheckpointError(f"{self.directory}: no such directory")
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Keep(self), read_only=read_only, create=not read_only
+            preservation_policy=_Keep(self),
+            read_only=read_only,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,  # what a killed save left
         )
         self._scores: dict[int, float] = {}
         try:
@@ -207,6 +211,17 @@ class Checkpointer:
             arrays = cast(arrays)
         return map_with_path(lambda path, _: arrays[f"params/{path}"], abstract_params)
 
+    def arrays(self, which: Which = "latest") -> tuple[int, dict[str, np.ndarray]]:
+        """(step, {path: array}) of a checkpoint as it was saved. Raises CheckpointError."""
+        step = self._resolve(which)
+        present = self._record(step)["arrays"]
+        wanted = {
+            path: jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"]))
+            for path, x in present.items()
+        }
+        found = self._arrays(step, wanted, present)
+        return step, {path: np.asarray(x) for path, x in found.items()}
+
     def _path(self, step: int) -> str:
         return os.path.join(self.directory, str(step))
 
@@ -295,6 +310,23 @@ def read_checkpoint(directory: str | os.PathLike, which: Which = "best") -> tupl
     arrays. Raises CheckpointError, naming the path."""
     with _reader(directory) as reader:
         return reader.read(which)
+
+
+def read_arrays(
+    directory: str | os.PathLike, which: Which = "latest"
+) -> tuple[int, dict[str, np.ndarray]]:
+    """(step, {path: array}) of a run's checkpoint on the host, whatever state it is of.
+
+    Raises CheckpointError, naming the path.
+    """
+    with Checkpointer(directory, read_only=True) as reader:
+        return reader.arrays(which)
+
+
+def fingerprint(state: Tree) -> str:
+    """A short name of the exact bits of a state, on any mesh: equal states have equal ones."""
+    sums = np.asarray(_fingerprints(jax.tree.leaves(state)))
+    return f"{zlib.crc32(sums.tobytes()):08x}"
 
 
 def _reader(directory: str | os.PathLike) -> Checkpointer:

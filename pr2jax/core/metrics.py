@@ -5,18 +5,23 @@ whatever the split. Extremes do not add: a name that ends in `_max` or `_min` ho
 or (anything, 0) where there was nothing to measure, and merges by max or min.
 
 `metrics.jsonl` has one JSON object a line: {"step": int, "time": unix seconds, KEY: number, ...};
-a value that is not finite is written as null.
+a value that is not finite is written as null. A run that is killed and resumed leaves one row a
+step there; TensorBoard's files may hold a step twice (its readers go by the later one).
 """
 
+from __future__ import annotations
+
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -91,16 +96,57 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     _write_atomically(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
 
 
-def _write_atomically(path: Path, text: str) -> None:
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file (bytes) that takes `path`'s name, all of it on disk, where the block ends well.
+
+    Whoever is killed on the way leaves `.NAME.PID` behind: `remove_leftovers`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name, too
+        finally:
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> list[str]:
+    """Removes what `replacing` left in `folder` where it was killed; returns the names.
+
+    Only in a run of one process: another host's process may be alive under any number.
+    """
+    gone = []
+    if jax.process_count() > 1 or not Path(folder).is_dir():
+        return gone
+    for path in Path(folder).glob(".*"):
+        found = re.fullmatch(r"[.].+[.](\d+)", path.name)
+        if found and path.is_file() and not _alive(int(found[1])):
+            path.unlink(missing_ok=True)
+            gone.append(path.name)
+    return gone
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OverflowError, PermissionError):
+        return True  # no process's number, so not our file; or another user's process
+    return True
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def _plain(value: Any) -> Any:
@@ -120,12 +166,44 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class MetricWriter:
-    """Rows of metrics to `workdir/metrics.jsonl` and TensorBoard (`workdir/tensorboard`).
+class RowWriter:
+    """Appends rows {"step": n, ...} to a JSONL file, each step once over any number of resumes.
 
-    Appends. With `resume_step`, rows of later steps (written after the checkpoint that the run
-    resumes from) are dropped first. Only process 0 of a multi-host run writes.
+    With `resume_step`, rows of later steps (written after the checkpoint that the run resumes
+    from) are dropped first; so is what a killed writer left of its last line. Only process 0 of
+    a multi-host run writes.
     """
+
+    def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
+        self._file: TextIO | None = None
+        if jax.process_index() != 0:
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _trim(path, resume_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Write one row, which needs a `step`."""
+        if self._file is not None:
+            self._file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Has what was written on disk, for a checkpoint that will not write it again."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class MetricWriter:
+    """Rows of metrics to `workdir/metrics.jsonl` (as `RowWriter`) and `workdir/tensorboard`."""
 
     def __init__(
         self,
@@ -134,22 +212,15 @@ class MetricWriter:
         resume_step: int | None = None,
     ):
         self.workdir = Path(workdir)
-        self._file: TextIO | None = None
+        self._rows = RowWriter(self.workdir / JSONL, resume_step)
         self._board = None
-        if jax.process_index() != 0:
-            return
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        path = self.workdir / JSONL
-        if path.exists():
-            _trim(path, resume_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        if tensorboard:
+        if tensorboard and jax.process_index() == 0:
             from tensorboardX import SummaryWriter  # slow to import; not every reader needs it
 
             purge = None if resume_step is None else resume_step + 1
             self._board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=purge)
 
-    def __enter__(self) -> "MetricWriter":
+    def __enter__(self) -> MetricWriter:
         return self
 
     def __exit__(self, *exc) -> None:
@@ -160,19 +231,19 @@ class MetricWriter:
         pairs = {k: v for k, v in values.items() if isinstance(v, tuple)}
         numbers = {k: v for k, v in values.items() if k not in pairs} | reduce(pairs)
         row = {"step": int(step), "time": round(time.time(), 3)} | _plain(numbers)
-        if self._file is not None:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
+        self._rows.write(row)
         if self._board is not None:
             for key, value in row.items():
                 if key not in ("step", "time") and isinstance(value, int | float):
                     self._board.add_scalar(key, value, step)
 
+    def sync(self) -> None:
+        """Has the rows on disk."""
+        self._rows.sync()
+
     def close(self) -> None:
         """Flush and close the files."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._rows.close()
         if self._board is not None:
             self._board.close()
             self._board = None
@@ -180,13 +251,14 @@ class MetricWriter:
 
 def _trim(path: Path, resume_step: int | None) -> None:
     """Drop rows after `resume_step`, and what a killed writer left of its last line."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_bytes().decode("utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         _write_atomically(path, whole)
     if resume_step is not None:
-        rows = [row for row in read_jsonl(path) if row["step"] <= resume_step]
-        _write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        kept = [row for row in read_jsonl(path) if row["step"] <= resume_step]
+        if len(kept) < whole.count("\n"):
+            _write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def format_number(value: Any) -> str:
