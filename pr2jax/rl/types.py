@@ -47,6 +47,10 @@ class RLConfig:
       load_balance_coef, z_coef: weights of the router's auxiliary losses (mean over layers).
       bias_update_rate: step of the selection bias after a mini-step; needs such a router.
       filter_zero_variance: leave out groups whose rewards are all equal.
+      dynamic_sampling: sample further prompts until prompts_per_batch groups have rewards that
+        are not all equal (DAPO, arXiv 2503.14476, Eq. 11); needs filter_zero_variance.
+      max_refills: rounds of further prompts, each of prompts_per_batch at most; a batch that is
+        not full by then is learned from as it is.
       scoring_pass: whether old log-probs come from a pass of the learner, or from the sampler;
         `auto` scores once the measured mismatch exceeds mismatch_limit.
       mismatch_limit: mean |log-prob| difference of sampler and learner, nats.
@@ -71,6 +75,8 @@ class RLConfig:
     z_coef: float = 0.0
     bias_update_rate: float = 0.0
     filter_zero_variance: bool = True
+    dynamic_sampling: bool = False
+    max_refills: int = 8
     scoring_pass: Literal["auto", "always", "never"] = "auto"
     mismatch_limit: float = 0.02
     max_skipped_in_row: int = 5
@@ -131,6 +137,13 @@ class RLConfig:
         for name in (*nonnegative, "clip_high", "mismatch_limit"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: must be >= 0, got {getattr(self, name)}")
+        if self.max_refills < 1:
+            raise ConfigError(f"max_refills: must be >= 1, got {self.max_refills}")
+        if self.dynamic_sampling and not self.filter_zero_variance:
+            raise ConfigError(
+                "dynamic_sampling: replaces groups without a signal, so filter_zero_variance=False "
+                "contradicts it"
+            )
         if not 0 <= self.clip_low <= 1:
             raise ConfigError(f"clip_low: must be in [0, 1], got {self.clip_low}")
         if self.sampling.truncated:
