@@ -9,14 +9,68 @@ from typing import Literal
 from pr2jax.core.config import ConfigError
 from pr2jax.core.optim import OptimConfig
 from pr2jax.core.sharding import MeshConfig
+from pr2jax.data.sources import SourceConfig
 from pr2jax.data.tokenizer import TokenizerConfig
 from pr2jax.models.config import ModelConfig
+from pr2jax.models.upcycling import UpcycleConfig
 from pr2jax.replay.modes import ReplayConfig, check_model, plan
 from pr2jax.rl.types import PREDICTOR_GROUP, RLConfig
 from pr2jax.sampler.types import SamplerConfig, SamplingParams
 from pr2jax.tasks.base import TaskConfig
 
-Mode = Literal["sft", "rl", "sft_then_rl", "generate"]
+Mode = Literal["sft", "rl", "sft_then_rl", "generate", "pretrain"]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pre-training on documents, packed into rows that leave no slot empty.
+
+    Attributes:
+      data: the sources by name; their weights are shares of the training rows.
+      held_out: share of each source's documents that is never trained on (at least one document).
+      steps: optimizer steps.
+      batch: packed rows a step, over all hosts.
+      row_length: tokens a row.
+      eval_every: steps between held-out evaluations (0: only before and after).
+      eval_rows: rows of held-out text to score, about; divided over the sources by weight.
+      max_skipped_in_row: non-finite steps in a row that stop the run.
+      load_balance_coef, z_coef: weights of the router's auxiliary losses (mean over MoE layers).
+      bias_update_rate: step of the selection bias after each update (0: none; needs such a
+        router).
+    """
+
+    data: dict[str, SourceConfig] = field(default_factory=lambda: {"text": SourceConfig()})
+    held_out: float = 0.02
+    steps: int = 1000
+    batch: int = 16
+    row_length: int = 256
+    eval_every: int = 0
+    eval_rows: int = 128
+    max_skipped_in_row: int = 5
+    load_balance_coef: float = 0.01
+    z_coef: float = 0.001
+    bias_update_rate: float = 0.0
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(learning_rate=2e-3, warmup_steps=20)
+    )
+
+    def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
+        if not self.data:
+            raise ConfigError("data: no source")
+        for name in self.data:
+            if "/" in name:
+                raise ConfigError(f"data.{name}: a name has no slash")
+        if not 0.0 < self.held_out < 1.0:
+            raise ConfigError(f"held_out: must lie between 0 and 1, got {self.held_out}")
+        if self.row_length < 2:
+            raise ConfigError(f"row_length: must be at least 2, got {self.row_length}")
+        for key in ("steps", "batch", "eval_rows", "max_skipped_in_row"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key}: must be at least 1, got {getattr(self, key)}")
+        for key in ("eval_every", "load_balance_coef", "z_coef", "bias_update_rate"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"{key}: must be >= 0, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True)
@@ -146,11 +200,15 @@ class Config:
     """One run.
 
     mode: what it does. `sft` and `rl` are single stages; `sft_then_rl` warms up by SFT, then RL,
-      compares with SFT continued for the same wall time, and writes a report; `generate` samples.
+      compares with SFT continued for the same wall time, and writes a report; `generate` samples;
+      `pretrain` learns the next token of documents.
     model.vocab_size: 0 takes the tokenizer's.
     compute_dtype: auto, bfloat16 or float32 (core/device.py).
-    init_from: another run's folder (its best checkpoint, else its latest), or an imported one, to
-      start from; the model and a run's tokenizer are then those saved there.
+    init_from: what to start from: another run's folder (its best checkpoint, else its latest), an
+      imported or Hugging Face folder, a .gguf file, or "package:NAME", the .gguf file of an
+      installed Python package. The model is then the one found there, and so is the tokenizer,
+      where a run's folder says it or none is configured.
+    upcycle: makes a dense `init_from` sparse (upcycle.experts=0: it stays as it is).
     rl_task: what RL is about; its held-out problems are what every mode evaluates.
     """
 
@@ -158,9 +216,11 @@ class Config:
     seed: int = 0
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     init_from: str = ""
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     rl: RLConfig = field(default_factory=RLConfig)
     rl_task: TaskConfig = field(default_factory=TaskConfig)
@@ -194,8 +254,14 @@ class Config:
         biased = self.model.moe is not None and self.model.moe.selection_bias
         if self.mode in ("sft", "sft_then_rl") and self.sft.bias_update_rate and not biased:
             raise ConfigError("sft.bias_update_rate: the model's router has no selection bias")
+        if self.mode == "pretrain" and self.pretrain.bias_update_rate and not biased:
+            raise ConfigError("pretrain.bias_update_rate: the model's router has no selection bias")
+        if self.tokenizer.untrained and self.mode != "pretrain" and not self.init_from:
+            raise ConfigError("tokenizer.path: only mode 'pretrain' trains a tokenizer")
         if self.mode == "generate" and not (self.generate.prompts or self.generate.task):
             raise ConfigError("generate.prompts: mode 'generate' needs prompts, or generate.task")
+        if self.upcycle.experts and not self.init_from:
+            raise ConfigError("upcycle.experts: init_from must give the dense model to upcycle")
         if self.mode == "generate" and not self.init_from:
             raise ConfigError("init_from: mode 'generate' needs a checkpoint to sample from")
 

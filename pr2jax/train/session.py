@@ -34,6 +34,7 @@ from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.flops import active_params
 from pr2jax.models.importers import hf
 from pr2jax.models.transformer import param_specs
+from pr2jax.models.upcycling import upcycle, upcycled_config
 from pr2jax.sampler.engine import Sampler
 from pr2jax.tasks.base import Problem
 from pr2jax.tasks.sandbox import VerifierPool
@@ -86,28 +87,47 @@ class Session:
         return rng.named(rng.root(self.cfg.seed), *names)
 
     def initial_params(self) -> Tree:
-        """From `init_from` where given, else random."""
+        """From `init_from` where given (upcycled if told so), else random."""
         if not self.cfg.init_from:
             return init_params(self.specs, self.key("params"), self.shardings)
         log.info("parameters from %s", self.cfg.init_from)
-        abstract = abstract_params(self.specs, self.shardings)
-        if _is_imported(self.cfg.init_from):
-            return hf.load_params(self.cfg.init_from, abstract)[1]
-        return self._restored(checkpoint_folder(self.cfg.init_from))
+        source = hf.resolve(self.cfg.init_from)
+        if not self.cfg.upcycle.experts:
+            return self._load(source, self.cfg.model)
+        dense, moe = _model_of(source), self.cfg.model.moe
+        make = functools.partial(
+            upcycle, cfg=dense, options=self.cfg.upcycle, predictor=moe.predictor
+        )
+        start = time.monotonic()
+        params = jax.jit(make, out_shardings=self.shardings)(
+            self._load(source, dense), key=self.key("upcycle")
+        )
+        shape = f"{moe.num_experts} experts of {moe.expert_dim} units, {moe.top_k} a token"
+        log.info("upcycled to %s in %.1f s", shape, time.monotonic() - start)
+        return params
 
-    def _restored(self, folder: str) -> Tree:
-        """A run's parameters; a predictor that it had not starts at zero, one too many is left."""
+    def _load(self, source: str, model: ModelConfig) -> Tree:
+        """The parameters in the folder `source`, as those of `model`.
+
+        A predictor that a run had not starts at zero, one too many is left.
+        """
+        specs = self.specs if model == self.cfg.model else param_specs(model)
+        abstract = self._abstract(specs)
+        if _is_imported(source):
+            return hf.load_params(source, abstract)[1]
+        folder = checkpoint_folder(source)
         saved, _ = _saved(folder)
-        there = saved.moe is not None and saved.moe.predictor
-        here = self.cfg.model.moe is not None and self.cfg.model.moe.predictor
-        if there == here:
-            return restore_params(folder, abstract_params(self.specs, self.shardings))
-        specs = param_specs(saved)
-        shardings = None if self.mesh is None else param_shardings(specs, self.mesh)
-        found = restore_params(folder, abstract_params(specs, shardings))
+        predicts = [m.moe is not None and m.moe.predictor for m in (saved, model)]
+        if predicts[0] == predicts[1]:
+            return restore_params(folder, abstract)
+        found = restore_params(folder, self._abstract(param_specs(saved)))
         flat = traverse_util.flatten_dict(found, sep="/")
         own = init_params(self.specs, self.key("params"), self.shardings)
         return map_with_path(lambda path, leaf: flat.get(path, leaf), own)
+
+    def _abstract(self, specs: Tree) -> Tree:
+        shardings = None if self.mesh is None else param_shardings(specs, self.mesh)
+        return abstract_params(specs, shardings)
 
     def encode(self, problem: Problem) -> list[int]:
         """Token ids of a problem's prompt. Raises ConfigError naming the problem."""
@@ -164,26 +184,40 @@ def _saved(folder: str) -> tuple[ModelConfig, TokenizerConfig]:
     )
 
 
+def _model_of(source: str) -> ModelConfig:
+    """The model saved in a folder. Raises CheckpointError, CheckpointFormatError."""
+    if _is_imported(source):
+        return hf.read_model_config(source)
+    return _saved(checkpoint_folder(source))[0]
+
+
 def _like_checkpoint(cfg: Config) -> Config:
-    """`cfg` with the model (and tokenizer, where it is known) of `init_from`.
+    """`cfg` with the model (and tokenizer, where it is known) of `init_from`, upcycled if told so.
 
     What says how to compute rather than what (kernels, rematerialisation, chunks), and whether
-    there is a predictor, stays as configured. Raises CheckpointError, CheckpointFormatError.
+    there is a predictor, stays as configured. Raises CheckpointError, CheckpointFormatError, and
+    ConfigError where that model does not fit the rest.
     """
-    tokenizer = cfg.tokenizer
-    if _is_imported(cfg.init_from):
-        model = hf.read_model_config(cfg.init_from)
-        if tokenizer == TokenizerConfig() and (Path(cfg.init_from) / "tokenizer.json").is_file():
-            tokenizer = TokenizerConfig(kind="hf", path=cfg.init_from)
-    else:
-        model, tokenizer = _saved(checkpoint_folder(cfg.init_from))
+    source, tokenizer = hf.resolve(cfg.init_from), cfg.tokenizer
+    model = _model_of(source)
+    if not _is_imported(source):
+        tokenizer = _saved(checkpoint_folder(source))[1]
+    elif tokenizer == TokenizerConfig() and (Path(source) / "tokenizer.json").is_file():
+        tokenizer = TokenizerConfig(kind="hf", path=source)
+    if cfg.upcycle.experts:
+        try:
+            model = upcycled_config(model, cfg.upcycle)
+        except ConfigError as error:
+            raise ConfigError(f"upcycle.{error}") from None
     how = ("attention_impl", "remat", "scan_layers", "logprob_chunk")
     kept = {name: getattr(cfg.model, name) for name in how}
     if model.moe is not None and cfg.model.moe is not None:
         how = ("impl", "block_size", "predictor")
         own = {name: getattr(cfg.model.moe, name) for name in how}
         kept["moe"] = dataclasses.replace(model.moe, **own)
-    return dataclasses.replace(cfg, model=dataclasses.replace(model, **kept), tokenizer=tokenizer)
+    found = dataclasses.replace(cfg, model=dataclasses.replace(model, **kept), tokenizer=tokenizer)
+    found.validate()  # the rest was, with the model that is configured
+    return found
 
 
 def _check_batches(cfg: Config, mesh: Mesh) -> None:
