@@ -40,6 +40,7 @@ def run(config, workdir: str, profile_steps: int = 0) -> None:
         "rl": pipeline.run_rl,
         "sft_then_rl": pipeline.run_sft_then_rl,
         "generate": generate.run_generate,
+        "pretrain": pipeline.run_pretrain,
     }
     modes[config.mode](config, workdir, profile_steps)
 

@@ -8,6 +8,7 @@ fills rows only; masks come from lengths, so it may equal `eos_id`.
 import dataclasses
 import json
 import os
+import shutil
 from typing import Any, Literal, Protocol
 
 from pr2jax.core.config import ConfigError
@@ -18,8 +19,10 @@ class TokenizerConfig:
     """Which tokenizer.
 
     kind: "byte" (256 bytes of UTF-8), "char" (one id a character of `alphabet`), "hf" (a
-        tokenizer.json, or the directory holding it), "sentencepiece" (a .model file).
+        tokenizer.json, or the directory holding it), "sentencepiece" (a .model file, or one that
+        pre-training makes of its documents).
     path: file or directory, for "hf" and "sentencepiece".
+    vocab_size: pieces of a "sentencepiece" tokenizer that is to be trained (then without path).
     alphabet: the characters, for "char", in id order.
     eos: the end token's text, for "hf" where tokenizer_config.json does not name it.
     """
@@ -28,6 +31,12 @@ class TokenizerConfig:
     path: str = ""
     alphabet: str = ""
     eos: str = ""
+    vocab_size: int = 0
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it is still to be made of the training documents."""
+        return self.kind == "sentencepiece" and not self.path
 
     def validate(self) -> None:
         """Raises ConfigError naming the key that is missing or does nothing for this kind."""
@@ -40,8 +49,16 @@ class TokenizerConfig:
         if len(set(self.alphabet)) != len(self.alphabet):
             twice = sorted({c for c in self.alphabet if self.alphabet.count(c) > 1})
             raise ConfigError(f"alphabet: {''.join(twice)!r} stands there more than once")
-        if self.kind in ("hf", "sentencepiece") and not self.path:
+        if self.kind == "hf" and not self.path:
             raise ConfigError(f"path: kind {self.kind!r} needs a file")
+        if self.untrained and self.vocab_size < 1:
+            raise ConfigError(
+                "path: kind 'sentencepiece' needs a file, or the vocab_size to train one of"
+            )
+        if self.vocab_size and not self.untrained:
+            raise ConfigError(
+                "vocab_size: only for a 'sentencepiece' tokenizer that is to be trained"
+            )
         if self.kind in ("byte", "char") and self.path:
             raise ConfigError(f"path: kind {self.kind!r} reads no file")
         if self.eos and self.kind != "hf":
@@ -177,6 +194,8 @@ class SentencePieceTokenizer:
 def build_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
     """The tokenizer `cfg` describes. Raises ConfigError naming the key at fault."""
     cfg.validate()
+    if cfg.untrained:
+        raise ConfigError("path: the tokenizer is not trained yet; mode 'pretrain' does that")
     if cfg.kind == "byte":
         return ByteTokenizer()
     if cfg.kind == "char":
@@ -184,6 +203,38 @@ def build_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
     if cfg.kind == "hf":
         return HFTokenizer(cfg.path, cfg.eos)
     return SentencePieceTokenizer(cfg.path)
+
+
+_TRAVELS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def save_tokenizer(cfg: TokenizerConfig, folder: str | os.PathLike) -> None:
+    """Copies the files that `cfg` reads to `folder`, so that a run keeps its tokenizer."""
+    if not cfg.path:
+        return
+    beside = cfg.path if os.path.isdir(cfg.path) else os.path.dirname(cfg.path)
+    files = {name: os.path.join(beside, name) for name in _TRAVELS} if cfg.kind == "hf" else {}
+    if not os.path.isdir(cfg.path):
+        files["tokenizer.json" if cfg.kind == "hf" else "tokenizer.model"] = cfg.path
+    os.makedirs(folder, exist_ok=True)
+    for name, source in files.items():
+        target = os.path.join(folder, name)
+        if os.path.isfile(source) and os.path.abspath(source) != os.path.abspath(target):
+            shutil.copyfile(source, target)
+
+
+def saved_tokenizer(cfg: TokenizerConfig, folder: str | os.PathLike) -> TokenizerConfig:
+    """`cfg` reading the copy that `save_tokenizer` left in `folder`; `cfg` where there is none."""
+    own = folder if cfg.kind == "hf" else os.path.join(folder, "tokenizer.model")
+    there = os.path.join(folder, "tokenizer.json") if cfg.kind == "hf" else own
+    if not cfg.path or not os.path.isfile(there):
+        return cfg
+    return dataclasses.replace(cfg, path=os.fspath(own))
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -81,6 +81,22 @@ def bootstrap_interval(
     return Interval(mean, min(float(low), mean), max(float(high), mean))
 
 
+def ratio_interval(
+    numerators: Float[np.ndarray, " P"], denominators: Float[np.ndarray, " P"], **settings: float
+) -> Interval:
+    """sum(numerators) / sum(denominators) with a bootstrap interval over their pairs.
+
+    Linearised: sum(n) / sum(d) moves as the mean of (n - ratio d) / mean(d) does. Raises
+    ValueError as `bootstrap_interval`, and where the denominators add up to 0.
+    """
+    n, d = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    if not d.sum() > 0:
+        raise ValueError("the denominators must add up to more than 0")
+    ratio = float(n.sum() / d.sum())
+    error = bootstrap_interval((n - ratio * d) / d.mean(), **settings)
+    return Interval(ratio, ratio + error.low, ratio + error.high)
+
+
 def paired_interval(
     before: Float[np.ndarray, " P"], after: Float[np.ndarray, " P"], **settings: float
 ) -> Interval:

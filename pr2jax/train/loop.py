@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 
@@ -113,10 +113,10 @@ def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> li
 class _Run:
     """The moving parts of one `run`."""
 
-    def __init__(self, trainer, state, workdir, options, config, best_metric, compilations, start):
+    def __init__(self, trainer, state, workdir, options, config, best, compilations, start):
         self.trainer, self.state, self.options, self.config = trainer, state, options, config
         self.checkpoints = Checkpointer(
-            os.path.join(workdir, CHECKPOINTS), keep=options.keep, best_metric=best_metric
+            os.path.join(workdir, CHECKPOINTS), keep=options.keep, **best
         )
         self.index, self.seconds = start, 0.0
         self._restore()
@@ -186,6 +186,7 @@ def run(
     options: LoopConfig,
     config: dict[str, Any],
     best_metric: str | None = None,
+    best_mode: Literal["max", "min"] = "max",
     max_seconds: float | None = None,
     profile_steps: int = 0,
     start: int = 0,
@@ -195,7 +196,7 @@ def run(
     Args:
       state: the initial state; also gives shapes and shardings to a restored one.
       config: the resolved configuration, saved with every checkpoint.
-      best_metric: held-out figure whose best checkpoint is kept.
+      best_metric: held-out figure whose best checkpoint (its `best_mode`) is kept.
       max_seconds: stop after this much wall time of stepping, if that comes before the last step.
       start: position of `state`, for a run that goes on from another.
       profile_steps: trace that many steps (after two) into `workdir`/profile.
@@ -207,7 +208,8 @@ def run(
     """
     workdir = Path(workdir)
     with CompilationCounter() as compilations, StopRequest() as stop:
-        work = _Run(trainer, state, workdir, options, config, best_metric, compilations, start)
+        best = {"best_metric": best_metric, "best_mode": best_mode}
+        work = _Run(trainer, state, workdir, options, config, best, compilations, start)
         del state
         try:
             _loop(work, stop, max_seconds, profile_steps, workdir)

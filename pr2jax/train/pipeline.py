@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,13 +21,14 @@ from pr2jax.core.config import ConfigError
 from pr2jax.core.device import versions
 from pr2jax.core.metrics import write_json, write_summary
 from pr2jax.core.optim import learning_rate
-from pr2jax.evaluation.passk import PASS_SCORE, paired_interval
+from pr2jax.evaluation.passk import PASS_SCORE, Interval, paired_interval
 from pr2jax.tasks.base import Problem, Task
 from pr2jax.tasks.registry import build_task
 from pr2jax.train import report
 from pr2jax.train.config import Config
 from pr2jax.train.evaluator import Evaluator
 from pr2jax.train.loop import Outcome, run
+from pr2jax.train.pretrain import PretrainTrainer, read_data, with_trained_tokenizer
 from pr2jax.train.rl import RLTrainer
 from pr2jax.train.session import Session, open_session
 from pr2jax.train.sft import SFTTrainer
@@ -54,10 +56,7 @@ def _evaluation(
     start = time.monotonic()
     result = evaluator.full(params)
     figures = {
-        "metrics": {
-            key: {"value": m.mean, "low": m.low, "high": m.high}
-            for key, m in result.metrics.items()
-        },
+        "metrics": _intervals(result.metrics),
         "samples": [s.to_json() for s in result.samples],
         "seconds": time.monotonic() - start,
         "of": of,
@@ -69,6 +68,10 @@ def _evaluation(
     )
     log.info("%s, %d held-out problems: %s", name, len(evaluator.problems), shown)
     return figures
+
+
+def _intervals(metrics: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
+    return {key: {"value": m.mean, "low": m.low, "high": m.high} for key, m in metrics.items()}
 
 
 def _evaluator(session: Session, problems: list[Problem]) -> Evaluator | None:
@@ -87,8 +90,7 @@ def _run(session: Session, trainer, params, folder: str, **options) -> Outcome:
         workdir=session.workdir / folder,
         options=session.cfg.loop,
         config=session.config_json,
-        best_metric=BEST_METRIC,
-        **options,
+        **{"best_metric": BEST_METRIC, **options},
     )
 
 
@@ -97,8 +99,8 @@ def _summary(session: Session, **figures: Any) -> dict[str, Any]:
     summary = {
         "mode": session.cfg.mode,
         **figures,
-        "verifiers": dict(session.pool.stats),
-        "sampler": {k: int(v) for k, v in session.sampler.stats.items()},
+        "verifiers": dict(session.pool.stats) if session.verifies else {},
+        "sampler": {k: int(v) for k, v in session.sampler.stats.items()} if session.samples else {},
         "versions": versions(),
         "compute_dtype": session.dtype.name,
         "config": session.config_json,
@@ -127,6 +129,52 @@ def _log_sizes(name: str, task: Task) -> None:
     counts = ", ".join(f"{key} {value}" for key, value in task.stats.items())
     sizes = len(task.train), len(task.held_out)
     log.info("%s: %d problems to train on, %d held out (%s)", name, *sizes, counts)
+
+
+def run_pretrain(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
+    """Pre-training on pretrain.data; evaluated on the documents held out, before and after."""
+    data = read_data(cfg.pretrain)
+    cfg = with_trained_tokenizer(cfg, data)
+    with open_session(cfg, workdir) as session:
+        trainer = PretrainTrainer(session, data)
+        params = session.initial_params()
+        start = _held_out(session, trainer, "start", params, 0)
+        outcome = _run(
+            session,
+            trainer,
+            params,
+            ".",
+            best_metric="eval/loss",
+            best_mode="min",
+            profile_steps=profile_steps,
+        )
+        end = _held_out(session, trainer, "end", outcome.state.params, outcome.steps)
+        summary = _summary(
+            session,
+            pretrain=_stage(outcome),
+            data=trainer.counts(),
+            start=start["metrics"],
+            end=end["metrics"],
+        )
+        report.write_pretrain(session, summary)
+
+
+def _held_out(
+    session: Session, trainer: PretrainTrainer, name: str, params, steps: int
+) -> dict[str, Any]:
+    """Held-out figures NAME of `params`, as `_evaluation`: read from their file where it holds
+    those of as many steps on the same documents."""
+    path = session.workdir / f"eval_{name}.json"
+    of = {"steps": steps, "documents": trainer.data.fingerprint()}
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.get("of") == of:
+            return found
+    figures = {"metrics": _intervals(trainer.full(params)), "of": of}
+    write_json(path, figures)
+    shown = ", ".join(f"{key} {m['value']:.4f}" for key, m in figures["metrics"].items())
+    log.info("%s, held out: %s", name, shown)
+    return figures
 
 
 def run_sft(cfg: Config, workdir: str, profile_steps: int = 0) -> None:

@@ -238,6 +238,60 @@ def write_sft(session: Session, summary: Mapping[str, Any], end: Evaluation | No
     _write(session, "Supervised fine-tuning", sections, tiles, summary)
 
 
+def write_pretrain(session: Session, summary: Mapping[str, Any]) -> None:
+    """The report of a pre-training run."""
+    rows = training_rows(session.workdir)
+    start, end = summary["start"], summary["end"]
+    names = [name for name in end if name.endswith("loss")]
+    held_out = {name.removesuffix("/loss"): f"eval/{name}" for name in names}
+    outcome = Section(
+        "What it reached",
+        [
+            "On documents that were never trained on. Loss is in nats a token; bits per byte do "
+            "not depend on the tokenizer. Intervals are 95% bootstrap intervals over rows.",
+            page.table(
+                ["held out", "before", "after"],
+                [[name, _interval(start[name]), _interval(end[name])] for name in end],
+            ),
+            page.table(
+                ["source", *next(iter(summary["data"].values()))],
+                [[name, *counts.values()] for name, counts in summary["data"].items()],
+            ),
+        ],
+    )
+    items = [
+        (curve(rows, held_out, title="held-out loss", ylabel="nats a token"), "By source."),
+        (
+            curve(rows, "eval/bits_per_byte", title="held-out bits per byte", ylabel="bits"),
+            "Of UTF-8 text.",
+        ),
+        (curve(rows, "loss", smooth=0.9, title="training loss", ylabel="nats a token"), ""),
+        (curve(rows, "learning_rate", title="learning rate"), "Of the default group."),
+        (curve(rows, "grad_norm", smooth=0.9, title="gradient norm"), "Before clipping."),
+        (
+            curve(rows, "load_max", smooth=0.9, title="busiest expert"),
+            "Its load over the mean, in the worst layer: 1 is balance.",
+        ),
+        (
+            curve(rows, "load_balance", smooth=0.9, title="load-balance loss"),
+            "1 at balance.",
+        ),
+        (curve(rows, "tokens_per_second", smooth=0.5, title="tokens / s"), "Training steps."),
+    ]
+    tiles = [
+        Tile("held-out loss", _from_to(start, end, "loss"), "nats a token"),
+        Tile("bits per byte", _from_to(start, end, "bits_per_byte"), "held out"),
+        Tile("tokens / s", _last(rows, "tokens_per_second"), "last step"),
+    ]
+    sections = [outcome, Section("How it learned", [page.figures(items)])]
+    sections.append(_run_section(summary, session))
+    _write(session, "Pre-training", sections, tiles, summary)
+
+
+def _from_to(start: Mapping[str, Any], end: Mapping[str, Any], key: str) -> str:
+    return f"{start[key]['value']:.2f} → {end[key]['value']:.2f}"
+
+
 def write_rl(
     session: Session,
     summary: Mapping[str, Any],

@@ -29,7 +29,14 @@ from pr2jax.core.params import (
     map_with_path,
 )
 from pr2jax.core.sharding import make_mesh, param_shardings
-from pr2jax.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer, encode_prompt
+from pr2jax.data.tokenizer import (
+    Tokenizer,
+    TokenizerConfig,
+    build_tokenizer,
+    encode_prompt,
+    save_tokenizer,
+    saved_tokenizer,
+)
 from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.flops import active_params
 from pr2jax.models.importers import hf
@@ -44,6 +51,7 @@ from pr2jax.train.loop import CHECKPOINTS
 log = logging.getLogger("pr2jax")
 
 _WALL = "wall.json"
+_TOKENIZER = "tokenizer"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,6 +84,16 @@ class Session:
         """The verifiers' worker processes, started on first use."""
         v = self.cfg.verifier
         return VerifierPool(workers=v.workers, timeout_s=v.timeout_s, memory_mb=v.memory_mb)
+
+    @property
+    def samples(self) -> bool:
+        """Whether the sampler was used."""
+        return "sampler" in self.__dict__
+
+    @property
+    def verifies(self) -> bool:
+        """Whether the verifiers were used."""
+        return "pool" in self.__dict__
 
     @functools.cached_property
     def config_json(self) -> dict[str, Any]:
@@ -149,7 +167,7 @@ class Session:
     def close(self) -> None:
         """Stops the worker processes and writes down the wall time for a resume."""
         write_json(self.workdir / _WALL, {"wall_seconds": self.wall_seconds()})
-        if "pool" in self.__dict__:
+        if self.verifies:
             self.pool.close()
 
     def __enter__(self) -> Session:
@@ -184,6 +202,15 @@ def _saved(folder: str) -> tuple[ModelConfig, TokenizerConfig]:
     )
 
 
+def _travelled(tokenizer: TokenizerConfig, folder: str) -> TokenizerConfig:
+    """`tokenizer` reading the copy that the run whose checkpoints are in `folder` kept."""
+    for workdir in Path(folder).parents[:2]:  # a stage's checkpoints lie one deeper
+        own = saved_tokenizer(tokenizer, workdir / _TOKENIZER)
+        if own != tokenizer:
+            return own
+    return tokenizer
+
+
 def _model_of(source: str) -> ModelConfig:
     """The model saved in a folder. Raises CheckpointError, CheckpointFormatError."""
     if _is_imported(source):
@@ -201,7 +228,8 @@ def _like_checkpoint(cfg: Config) -> Config:
     source, tokenizer = hf.resolve(cfg.init_from), cfg.tokenizer
     model = _model_of(source)
     if not _is_imported(source):
-        tokenizer = _saved(checkpoint_folder(source))[1]
+        folder = checkpoint_folder(source)
+        tokenizer = _travelled(_saved(folder)[1], folder)
     elif tokenizer == TokenizerConfig() and (Path(source) / "tokenizer.json").is_file():
         tokenizer = TokenizerConfig(kind="hf", path=source)
     if cfg.upcycle.experts:
@@ -227,6 +255,8 @@ def _check_batches(cfg: Config, mesh: Mesh) -> None:
         sizes["sft.batch"] = cfg.sft.batch
     if cfg.mode in ("rl", "sft_then_rl"):
         sizes["rl.micro_batch"] = cfg.rl.micro_batch
+    if cfg.mode == "pretrain":
+        sizes["pretrain.batch"] = cfg.pretrain.batch
     for key, size in sizes.items():
         if size % rows:
             raise ConfigError(
@@ -261,6 +291,8 @@ def open_session(
     before = float(json.loads(wall.read_text())["wall_seconds"]) if wall.exists() else 0.0
     session = Session(cfg, workdir, tokenizer, mesh, dtype, specs, shardings, started, before)
     write_json(workdir / "config.json", session.config_json)
+    if jax.process_index() == 0:
+        save_tokenizer(cfg.tokenizer, workdir / _TOKENIZER)
     found = versions()
     log.info("devices: %d x %s; jax %s", found["devices"], found["device_kind"], found["jax"])
     log.info("compute dtype: %s", reason)

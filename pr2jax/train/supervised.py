@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from pr2jax.core.optim import Optimizer
-from pr2jax.core.sharding import batch_sharding
+from pr2jax.core.sharding import batch_sharding, replicated
 from pr2jax.core.state import TrainState, all_finite, select_finite
 from pr2jax.data.packing import PackedRows
 from pr2jax.models.config import ModelConfig, num_moe_layers
@@ -106,15 +106,16 @@ def make_packed_step(
 
 def make_packed_score(
     model: ModelConfig, *, dtype, mesh: Mesh | None
-) -> Callable[[Any, PackedRows], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """The jitted (params, batch) -> (nats of all targets, how many): loss is their ratio."""
+) -> Callable[[Any, PackedRows], tuple[Float[Array, " B"], Float[Array, " B"]]]:
+    """The jitted (params, batch) -> (nats of its targets, how many) for each row, whole on every
+    device."""
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=None if mesh is None else replicated(mesh))
     def score(params, batch: PackedRows):
         logp, mask, _ = target_logprobs(
             params, batch, model=model, stats=False, dtype=dtype, mesh=mesh
         )
-        return -jnp.sum(logp * mask), jnp.sum(mask)
+        return -jnp.sum(logp * mask, axis=1), jnp.sum(mask, axis=1)
 
     return score
 

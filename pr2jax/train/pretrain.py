@@ -1,0 +1,256 @@
+"""Pre-training: the next token of documents, over a weighted mixture of sources."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from pr2jax.core.config import ConfigError
+from pr2jax.core.optim import build_optimizer
+from pr2jax.core.state import TrainState, create
+from pr2jax.data import training
+from pr2jax.data.documents import Documents, read_documents, split
+from pr2jax.data.held_out import HeldOut, held_out_rows
+from pr2jax.data.packing import PackedRows
+from pr2jax.data.stream import Batch, RowStream
+from pr2jax.evaluation.passk import Interval, ratio_interval
+from pr2jax.train.config import Config, PretrainConfig
+from pr2jax.train.session import Session
+from pr2jax.train.supervised import make_packed_score, make_packed_step, place_rows
+
+log = logging.getLogger("pr2jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainData:
+    """Documents of every source, to train on and held out, in the order of the configuration."""
+
+    train: list[Documents]
+    held_out: list[Documents]
+    weights: list[float]
+
+    def fingerprint(self) -> str:
+        """Of every document and its place: what a stream's position refers to."""
+        return "-".join(d.fingerprint() for d in (*self.train, *self.held_out))
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For each source: documents to train on, held out, left out as empty; bytes."""
+        return {
+            t.name: {
+                "train": len(t),
+                "held_out": len(h),
+                "empty": t.empty,
+                "bytes": t.bytes,
+            }
+            for t, h in zip(self.train, self.held_out, strict=True)
+        }
+
+
+def read_data(cfg: PretrainConfig) -> PretrainData:
+    """Reads every source through and holds documents out. Raises ConfigError("pretrain.data...")."""
+    try:
+        halves = [split(documents, cfg.held_out) for documents in read_documents(cfg.data)]
+    except ConfigError as error:
+        raise ConfigError(f"pretrain.data.{error}") from None
+    data = PretrainData(
+        [train for train, _ in halves],
+        [held_out for _, held_out in halves],
+        [source.weight for source in cfg.data.values()],
+    )
+    for name, count in data.counts().items():
+        log.info(
+            "%s (%s): %d documents, %.2f MB; %d held out, %d empty ones left out",
+            name,
+            cfg.data[name].path,
+            count["train"] + count["held_out"],
+            count["bytes"] / 1e6,
+            count["held_out"],
+            count["empty"],
+        )
+    return data
+
+
+def with_trained_tokenizer(cfg: Config, data: PretrainData) -> Config:
+    """`cfg` with the tokenizer trained on the training documents, where it asks for that."""
+    if not cfg.tokenizer.untrained or cfg.init_from:
+        return cfg
+    try:
+        path = training.trained(data.train, cfg.tokenizer.vocab_size)
+    except ConfigError as error:
+        raise ConfigError(f"tokenizer.{error}") from None
+    tokenizer = dataclasses.replace(cfg.tokenizer, path=str(path), vocab_size=0)
+    return dataclasses.replace(cfg, tokenizer=tokenizer)
+
+
+class PretrainTrainer:
+    """Pre-training as the loop sees it. The stream's position is its memory; batch `index` is a
+    function of documents, seed and number of hosts."""
+
+    def __init__(self, session: Session, data: PretrainData, name: str = "pretrain"):
+        cfg = session.cfg.pretrain
+        self.name, self.steps, self.eval_every = name, cfg.steps, cfg.eval_every
+        self.max_skipped_in_row = cfg.max_skipped_in_row
+        self.console = ("loss", "eval/loss", "tokens_per_second", "learning_rate")
+        self.session, self.data = session, data
+        self.hosts = jax.process_count()
+        if cfg.batch % self.hosts:
+            raise ConfigError(f"pretrain.batch: {self.hosts} hosts do not divide {cfg.batch} rows")
+        try:
+            self.stream = RowStream(
+                data.train,
+                data.weights,
+                session.tokenizer,
+                row_length=cfg.row_length,
+                batch=cfg.batch // self.hosts,
+                seed=session.cfg.seed,
+                shard=(jax.process_index(), self.hosts),
+            )
+            self.held_out = self._held_out()
+        except ValueError as error:
+            raise ConfigError(f"pretrain.data.{error}") from None
+        self.optimizer = build_optimizer(cfg.optim, session.specs)
+        model, dtype, mesh = session.cfg.model, session.dtype, session.mesh
+        self._step = make_packed_step(model, cfg, self.optimizer, dtype=dtype, mesh=mesh)
+        self._score = make_packed_score(model, dtype=dtype, mesh=mesh)
+        self._batch: Batch | None = None
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Documents, bytes, and what the held-out figures are over, by source."""
+        scored = {
+            part.name: {
+                "scored_documents": part.documents,
+                "scored_bytes": part.bytes,
+                "scored_tokens": int(part.rows.loss_mask.sum()),
+            }
+            for part in self.held_out
+        }
+        return {name: count | scored[name] for name, count in self.data.counts().items()}
+
+    def _held_out(self) -> list[HeldOut]:
+        cfg, shares = self.session.cfg.pretrain, np.array(self.data.weights)
+        limits = np.maximum(np.ceil(cfg.eval_rows * shares / shares.sum()), 1).astype(int).tolist()
+        make = functools.partial(
+            held_out_rows, tokenizer=self.session.tokenizer, row_length=cfg.row_length
+        )
+        pairs = zip(self.data.held_out, limits, strict=True)
+        return [make(documents, limit=limit) for documents, limit in pairs]
+
+    def initial_state(self, params) -> TrainState:
+        """A state around `params` at step 0."""
+        return create(params, self.optimizer)
+
+    def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Any]]:
+        """One optimizer step, on the stream's next batch."""
+        if index == 0 and self.stream.position:
+            self.stream.restart()
+        if index != self.stream.position:
+            raise RuntimeError(f"step {index}, but the stream stands at {self.stream.position}")
+        start = time.monotonic()
+        self._batch = batch = next(self.stream)
+        waited = time.monotonic() - start
+        state, metrics = self._step(state, place_rows(batch.rows, self.session.mesh))
+        # The stream reads ahead in threads of its own: waiting here keeps no data waiting.
+        jax.block_until_ready(state.step)
+        seconds = time.monotonic() - start
+        cfg = self.session.cfg.pretrain
+        rows = cfg.batch // self.hosts
+        metrics |= {
+            "tokens_per_second": (cfg.batch * cfg.row_length, seconds),
+            "time/data": (waited, 1.0),
+            "documents_per_row": (sum(len(row) for row in batch.pieces), rows),
+            "cut_per_row": (batch.cut, rows),
+        }
+        if len(self.data.train) > 1:
+            for documents in self.data.train:
+                own = sum(row[0].source == documents.name for row in batch.pieces)
+                metrics[f"share/{documents.name}"] = (own, rows)
+        return state, metrics
+
+    def consumed(self, index: int) -> list[str]:
+        """What step `index`, the last one, learned from on this host: "SOURCE/EPOCH/DOCUMENT:
+        START-STOP" in tokens, a segment each. Documents count within the training ones."""
+        if self._batch is None or self.stream.position != index + 1:
+            raise RuntimeError(f"step {index} is not the last one")
+        return [str(piece) for row in self._batch.pieces for piece in row]
+
+    def evaluate(self, state: TrainState, index: int) -> dict[str, float]:
+        """Held-out "eval/loss" (nats a token), "eval/bits_per_byte"; by source if several."""
+        found = {f"eval/{key}": value.mean for key, value in self.full(state.params).items()}
+        shown = ", ".join(f"{key[5:]} {value:.4f}" for key, value in found.items())
+        log.info("step %d, held out: %s", index, shown)
+        return found
+
+    def full(self, params) -> dict[str, Interval]:
+        """Held-out figures with bootstrap intervals over rows: loss (nats a token, end tokens
+        among them), bits_per_byte; with several sources also SOURCE/loss and so on."""
+        nats, counts, sizes, figures = [], [], [], {}
+        for part in self.held_out:
+            scores = [self._score_rows(params, part.rows, i) for i in self._starts(part.rows)]
+            pairs = zip(*scores, strict=True)
+            own_nats, own_counts = (np.concatenate(x)[: len(part.rows.tokens)] for x in pairs)
+            # Bytes go to rows by their targets: exact in sum, which is what the figure is.
+            own_sizes = own_counts * (part.bytes / own_counts.sum())
+            if len(self.held_out) > 1:
+                figures |= _figures(f"{part.name}/", own_nats, own_counts, own_sizes)
+            nats.append(own_nats)
+            counts.append(own_counts)
+            sizes.append(own_sizes)
+        return _figures("", *(np.concatenate(x) for x in (nats, counts, sizes))) | figures
+
+    def _starts(self, rows: PackedRows) -> range:
+        return range(0, len(rows.tokens), self.session.cfg.pretrain.batch)
+
+    def _score_rows(self, params, rows: PackedRows, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """(nats, targets) of each of `batch` rows from `start`; rows after the last count 0."""
+        size = self.session.cfg.pretrain.batch
+        own = size // self.hosts
+        first = start + jax.process_index() * own
+        part = PackedRows(*(field[first : first + own] for field in rows))
+        missing = own - len(part.tokens)
+        part = PackedRows(*(np.pad(field, ((0, missing), (0, 0))) for field in part))
+        return jax.device_get(self._score(params, place_rows(part, self.session.mesh)))
+
+    def memory(self) -> dict[str, Any]:
+        """Where each host's stream stands, and in which documents."""
+        return {"streams": _of_all_hosts(self.stream.state()), "documents": self.data.fingerprint()}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Raises ConfigError where documents or the number of hosts are not those of the run."""
+        if memory["documents"] != self.data.fingerprint():
+            raise ConfigError(
+                "pretrain.data: the documents are not those that the checkpoint was trained on; "
+                "a run in a new workdir with --config.init_from goes on from its parameters"
+            )
+        if len(memory["streams"]) != self.hosts:
+            raise ConfigError(
+                f"pretrain.data: the checkpoint's data was read by {len(memory['streams'])} "
+                f"hosts, there are {self.hosts} now"
+            )
+        self.stream.restore(memory["streams"][jax.process_index()])
+
+
+def _figures(prefix: str, nats, counts, sizes) -> dict[str, Interval]:
+    return {
+        f"{prefix}loss": ratio_interval(nats, counts),
+        f"{prefix}bits_per_byte": ratio_interval(nats / math.log(2.0), sizes),
+    }
+
+
+def _of_all_hosts(text: str) -> list[str]:
+    """Every process's `text`, in order: one process writes the checkpoint for all."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode("utf-8"), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(data)))
+    padded = np.zeros(int(np.max(sizes)), np.uint8)
+    padded[: len(data)] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes.tolist(), strict=True)]
