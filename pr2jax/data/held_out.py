@@ -1,4 +1,4 @@
-"""Held-out documents as packed rows in which every token but a document's first is a target once."""
+"""Held-out documents as rows in which every token but a document's first is a target, once."""
 
 from __future__ import annotations
 

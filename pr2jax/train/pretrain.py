@@ -55,7 +55,10 @@ class PretrainData:
 
 
 def read_data(cfg: PretrainConfig) -> PretrainData:
-    """Reads every source through and holds documents out. Raises ConfigError("pretrain.data...")."""
+    """Reads every source through and holds documents out.
+
+    Raises ConfigError("pretrain.data.NAME..."), for a malformed document with its place.
+    """
     try:
         halves = [split(documents, cfg.held_out) for documents in read_documents(cfg.data)]
     except ConfigError as error:
