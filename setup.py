@@ -17,6 +17,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["pr2jax", "pr2jax.*"]),
+    # Scripts for another environment's interpreter: files, and no package of this one.
+    package_data={"pr2jax.benchmark": ["peers/*.py"]},
     install_requires=[
         JAX.format(extra=""),
         "absl-py",

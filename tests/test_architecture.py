@@ -25,6 +25,8 @@ ROOMS = [
     "doctor",
     "chaos",
 ]
+# Peers run in an environment of their own, as processes: they know torch, and nothing of ours.
+PEERS = PACKAGE / "benchmark" / "peers"
 FORBIDDEN = ("torch", "transformers", "flax.linen", "flax.nnx", "haiku", "equinox", "tests")
 
 
@@ -70,12 +72,22 @@ def test_every_room_is_known():
 
 def test_rooms_import_one_way():
     bad = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(set(PACKAGE.rglob("*.py")) - set(PEERS.rglob("*.py"))):
         package = list(path.relative_to(ROOT).parent.parts)
         found = violations(path.read_text(encoding="utf-8"), room_of(path), package)
         if found:
             bad[str(path.relative_to(ROOT))] = found
     assert not bad, bad
+
+
+def test_peers_and_ours_do_not_import_each_other():
+    alone = [*PEERS.glob("*.py"), PACKAGE / "benchmark" / "serve.py"]
+    assert len(alone) > 1
+    for path in alone:
+        names = [name for _, name in imported(ast.parse(path.read_text()), [])]
+        assert not [n for n in names if n.split(".")[0] in ("pr2jax", "jax", "tests")], path
+    # No package, so that nothing can import it by name.
+    assert not (PEERS / "__init__.py").exists()
 
 
 @pytest.mark.parametrize(
