@@ -13,7 +13,8 @@ from pr2jax.core.config import ConfigError
 from pr2jax.core.optim import OptimConfig, ParamGroup
 from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.predictor import RouterFeatures
-from pr2jax.rl.losses import Aggregation
+from pr2jax.rl.advantages import Estimator
+from pr2jax.rl.losses import Aggregation, KLEstimator, Level
 from pr2jax.sampler.types import SamplingParams
 
 # The optimizer group of W_p: its own learning rate and clip norm, no weight decay, and a gate.
@@ -32,17 +33,37 @@ def predictor_group(lr_multiplier: float = 10.0, **settings) -> ParamGroup:
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
-    """GRPO (arXiv 2402.03300) with DAPO's asymmetric clip and token mean (arXiv 2503.14476).
+    """The GRPO family; as it stands GRPO (arXiv 2402.03300) with DAPO's asymmetric clip and
+    token mean (arXiv 2503.14476). What the choices are is written in `rl.advantages` and
+    `rl.losses`.
 
     A rollout batch is prompts_per_batch x samples_per_prompt rows, cut into mini_steps disjoint
     mini-batches of whole groups, one optimizer step each ("off-N"), each accumulated over
-    micro-batches of micro_batch rows.
+    micro-batches of micro_batch rows. Further epochs take the same mini-batches in the same
+    order, so that each is seen again after equally many steps; the predictor stands still only
+    in the very first mini-step. Their metrics go on counting: mini_I, I = 1 .. updates.
 
     Attributes:
       steps: rollout batches.
+      epochs: times that a rollout batch is learned from.
+      advantage: grpo (z-score in the group), dr_grpo (centred), rloo (leave one out), batch
+        (centred in the group, scaled by the batch).
+      overlong_buffer: the last tokens before sampling.max_tokens, over which a penalty is added
+        to the score, from 0 down to -overlong_penalty (0: none).
+      overlong_penalty: its size at max_tokens.
+      mask_truncated: leave responses that were cut off at max_tokens out of the loss; their
+        scores stay in the baseline.
+      ratio: importance ratio of a token, or its sequence's geometric mean (GSPO).
+      surrogate: ppo (clipped ratio) or cispo (clipped ratio as a constant weight of log-probs).
       clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-      aggregation: mean over the mini-batch's tokens, or over sequences of their token means.
-      kl_coef: weight of the k3 KL to the reference policy (0: no reference is kept).
+      dual_clip: the ratio's bound where the advantage is negative, above 1 (0: none).
+      tis_cap: policy terms are weighted by min(old / behavior, tis_cap) (0: not); needs
+        scoring_pass=always.
+      tis_level: that ratio of a token, or of its whole sequence.
+      aggregation: mean over the mini-batch's tokens, or over sequences of their token means, or
+        fixed: the sum of tokens over (sequences x sampling.max_tokens).
+      kl_coef: weight of the KL to the reference policy (0: no reference is kept).
+      kl_estimator: how it is estimated from a token; k1 has no gradient in expectation.
       entropy_coef: weight of the entropy bonus.
       load_balance_coef, z_coef: weights of the router's auxiliary losses (mean over layers).
       bias_update_rate: step of the selection bias after a mini-step; needs such a router.
@@ -66,10 +87,21 @@ class RLConfig:
     samples_per_prompt: int = 8
     mini_steps: int = 4
     micro_batch: int = 64
+    epochs: int = 1
+    advantage: Estimator = "grpo"
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
+    mask_truncated: bool = False
+    ratio: Level = "token"
+    surrogate: Literal["ppo", "cispo"] = "ppo"
     clip_low: float = 0.2
     clip_high: float = 0.28
+    dual_clip: float = 0.0
+    tis_cap: float = 0.0
+    tis_level: Level = "token"
     aggregation: Aggregation = "token_mean"
     kl_coef: float = 0.0
+    kl_estimator: KLEstimator = "k3"
     entropy_coef: float = 0.0
     load_balance_coef: float = 0.0
     z_coef: float = 0.0
@@ -100,6 +132,11 @@ class RLConfig:
         return self.rows // self.mini_steps
 
     @property
+    def updates(self) -> int:
+        """Optimizer steps of a rollout batch, all epochs; fewer where groups are left out."""
+        return self.mini_steps * self.epochs
+
+    @property
     def num_micro(self) -> int:
         """Micro-batches of a full mini-batch."""
         return self.mini_rows // self.micro_batch
@@ -110,12 +147,13 @@ class RLConfig:
             f"{self.prompts_per_batch} prompts x {self.samples_per_prompt} samples = {self.rows} "
             f"rows a batch = {self.mini_steps} mini-steps x {self.mini_rows} rows, each of "
             f"{self.num_micro} micro-batches x {self.micro_batch} rows"
+            + (f"; {self.epochs} epochs" if self.epochs > 1 else "")
         )
 
     def validate(self) -> None:
         """Raises ConfigError("key: why")."""
         positive = ("steps", "prompts_per_batch", "mini_steps", "micro_batch", "length_bucket")
-        for name in (*positive, "max_skipped_in_row"):
+        for name in (*positive, "max_skipped_in_row", "epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be >= 1, got {getattr(self, name)}")
         if self.samples_per_prompt < 2:
@@ -134,6 +172,7 @@ class RLConfig:
                 f"{self.mini_steps})"
             )
         nonnegative = ("kl_coef", "load_balance_coef", "z_coef", "bias_update_rate", "eval_every")
+        nonnegative += ("overlong_buffer", "overlong_penalty", "dual_clip", "tis_cap")
         for name in (*nonnegative, "clip_high", "mismatch_limit"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: must be >= 0, got {getattr(self, name)}")
@@ -151,6 +190,32 @@ class RLConfig:
                 "sampling: RL needs the log-probs of the distribution sampled from, so leave "
                 "top_k, top_p, min_p and greedy off"
             )
+        self._validate_family()
+
+    def _validate_family(self) -> None:
+        """Choices that contradict each other, or that nothing would read."""
+        if self.overlong_buffer > self.sampling.max_tokens:
+            raise ConfigError(
+                f"overlong_buffer: {self.overlong_buffer} tokens are more than "
+                f"sampling.max_tokens={self.sampling.max_tokens}"
+            )
+        if self.dual_clip and self.dual_clip <= 1:
+            raise ConfigError(f"dual_clip: must be above 1 (or 0: none), got {self.dual_clip}")
+        if self.dual_clip and self.surrogate == "cispo":
+            raise ConfigError("dual_clip: surrogate=cispo already bounds every ratio")
+        if self.tis_cap and self.scoring_pass != "always":
+            raise ConfigError(
+                "tis_cap: corrects the sampler's log-probs by the learner's own, so it needs "
+                f"scoring_pass=always, not {self.scoring_pass}"
+            )
+        default = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, reader in (
+            ("overlong_penalty", "overlong_buffer"),
+            ("tis_level", "tis_cap"),
+            ("kl_estimator", "kl_coef"),
+        ):
+            if getattr(self, name) != default[name] and not getattr(self, reader):
+                raise ConfigError(f"{name}: {getattr(self, name)} has no effect with {reader}=0")
 
 
 def policy_optim(optim: OptimConfig, model: ModelConfig) -> OptimConfig:

@@ -5,16 +5,17 @@ the router logits as an auxiliary output, and the predictor's loss sees them as 
 predictor cannot move the policy, nor the policy the predictor, by construction.
 
 Metrics of a step, unreduced (value, weight); see `replay.diagnostics` for those of replay:
-`loss`, `policy_loss`, `reference_kl`, `entropy`, `ratio_mean|_max|_min`, `ratio_ess`, `clip_low`,
-`clip_high`, `old/*` (theta_old against now) and `behavior/*` (sampler against now; at mini-step 1
-the rollout/training mismatch), `load_balance`, `router_z`, `predictor_loss`, `shift_ratio`,
-`tokens`, `skipped`, and the optimizer's `learning_rate`, `grad_norm*`, `update_norm`.
+`loss`, `policy_loss`, `reference_kl`, `entropy`, `ratio_mean|_max|_min`, `ratio_ess`,
+`log_ratio_square`, `clip_low`, `clip_high`, `old/*` (theta_old against now) and `behavior/*`
+(sampler against now; at mini-step 1 the rollout/training mismatch), `load_balance`, `router_z`,
+`predictor_loss`, `old_logits_kl` and `shifted_logits_kl` (the same KL of un-shifted and of shifted
+logits), `shift_ratio`, `tokens`, `skipped`, and the optimizer's `learning_rate`, `grad_norm*`,
+`update_norm`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable
 
@@ -32,7 +33,7 @@ from pr2jax.core.state import TrainState, all_finite, select_finite
 from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.logprobs import token_logprobs
 from pr2jax.models.predictor import RouterFeatures, margin_weights, predictor_loss
-from pr2jax.models.router import agreement, select, update_selection_bias
+from pr2jax.models.router import agreement, update_selection_bias
 from pr2jax.models.transformer import (
     Record,
     RouterOutput,
@@ -42,19 +43,17 @@ from pr2jax.models.transformer import (
 )
 from pr2jax.replay.diagnostics import (
     flip_diagnostics,
+    logits_kl,
     mismatch,
+    push,
     replay_diagnostics,
+    selection_rule,
     shift_ratio,
 )
 from pr2jax.replay.modes import PREDICTOR_PATTERN, ReplayConfig, check_model, gates, plan
 from pr2jax.replay.routes import decode, to_inputs
-from pr2jax.rl.losses import (
-    clipped_surrogate,
-    effective_sample_size,
-    log_ratio,
-    reference_kl,
-    token_weights,
-)
+from pr2jax.rl.losses import effective_sample_size, reference_kl, token_weights
+from pr2jax.rl.objective import policy_terms
 from pr2jax.rl.types import PREDICTOR_GROUP, LearnerBatch, RLConfig
 
 MiniStep = Callable[[TrainState, LearnerBatch, Bool[Array, ""] | bool], tuple[TrainState, Metrics]]
@@ -138,11 +137,9 @@ def _policy_loss(
     )
     mask = to_inputs(batch.loss_mask)
     old = to_inputs(batch.old_logprobs)
-    log_ratios = log_ratio(logp, old, mask)
-    surrogate, low, high = clipped_surrogate(
-        log_ratios, batch.advantages[:, None], rl.clip_low, rl.clip_high
-    )
-    policy = jnp.sum(weights * surrogate)
+    behavior = to_inputs(batch.behavior_logprobs)
+    terms, policy_metrics = policy_terms(logp, old, behavior, mask, batch.advantages[:, None], rl)
+    policy = jnp.sum(weights * terms)
     mean_entropy = jnp.sum(jnp.where(mask > 0, weights * entropy, 0.0))
     loss = policy
     if rl.entropy_coef:
@@ -150,39 +147,25 @@ def _policy_loss(
     weight = jnp.sum(weights)
     metrics = {"policy_loss": (policy, weight), "entropy": (mean_entropy, weight)}
     if batch.ref_logprobs is not None:
-        kl = jnp.sum(weights * reference_kl(logp, to_inputs(batch.ref_logprobs), mask))
+        reference = to_inputs(batch.ref_logprobs)
+        kl = jnp.sum(weights * reference_kl(logp, reference, mask, rl.kl_estimator))
         loss = loss + rl.kl_coef * kl
         metrics["reference_kl"] = (kl, weight)
     if step.needs_stats:
         balance, z = jnp.mean(out.router.load_balance), jnp.mean(out.router.z)
         loss = loss + share * (rl.load_balance_coef * balance + rl.z_coef * z)
         metrics |= {"load_balance": (share * balance, share), "router_z": (share * z, share)}
-    metrics |= _ratio_metrics(log_ratios, low, high, mask)
-    for name, other in (("old", old), ("behavior", to_inputs(batch.behavior_logprobs))):
+    metrics |= policy_metrics
+    for name, other in (("old", old), ("behavior", behavior)):
         found = mismatch(other, logp, mask)
         metrics |= {f"{name}/{key}": value for key, value in found.items()}
+    router = out.router
     if moe:
-        router = out.router
         if batch.logged is not None and batch.routes is None:
             # Nothing is replayed: the log is held against the experts that live routing uses.
             router = router.replace(agreement=agreement(decode(batch.logged), out.routes))
         metrics |= replay_diagnostics(router, mask > 0, step.model.moe.top_k)
-    return loss, (metrics, out.router)
-
-
-def _ratio_metrics(log_ratios, low, high, mask) -> Metrics:
-    """Importance ratios: mean, extremes, second moment, clipped shares."""
-    real, count, one = mask > 0, jnp.sum(mask), jnp.float32(1.0)
-    ratio = jnp.exp(log_ratios)
-    total = lambda x: jnp.sum(jnp.where(real, x, 0.0))
-    return {
-        "ratio_mean": (total(ratio), count),
-        "ratio_square": (total(ratio**2), count),
-        "ratio_max": (jnp.max(jnp.where(real, ratio, -jnp.inf)), one),
-        "ratio_min": (jnp.min(jnp.where(real, ratio, jnp.inf)), one),
-        "clip_low": (total(low), count),
-        "clip_high": (total(high), count),
-    }
+    return loss, (metrics, router)
 
 
 def _predictor_terms(params: Tree, batch: LearnerBatch, logits_now: Array, step: _Step):
@@ -211,20 +194,16 @@ def _predictor_terms(params: Tree, batch: LearnerBatch, logits_now: Array, step:
 def _flips(
     params: Tree, batch: LearnerBatch, router: RouterOutput, logits_now: Array, step: _Step
 ) -> Metrics:
-    """The un-shifted old route against the live one, by the router's own selection rule.
-
-    Features hold logits, not selection biases: a bias that moved since (`bias_update_rate`)
-    counts on both sides.
-    """
-    biases = selection_biases(params, step.model)
-    choose = functools.partial(select, cfg=step.model.moe)
-    if biases is None:
-        rule = lambda logits: choose(logits, None)
-    else:
-        rule = lambda logits: jax.vmap(choose)(logits, biases)
-    places = _places(batch.features)[None]
-    used = jnp.take_along_axis(router.agreement, places, axis=2)
-    return flip_diagnostics(batch.features.logits, logits_now, batch.features.mask, rule, used)
+    """The un-shifted old route and logits against the live ones; the shifted ones beside them."""
+    old, rule = batch.features, selection_rule(params, step.model)
+    used = jnp.take_along_axis(router.agreement, _places(old)[None], axis=2)
+    out = flip_diagnostics(old.logits, logits_now, old.mask, rule, used)
+    out["old_logits_kl"] = logits_kl(logits_now, old.logits, old.mask)
+    if batch.shift is not None:
+        out |= shift_ratio(old.inputs, batch.shift, old.logits, old.mask)
+        shifted = old.logits + push(old.inputs, batch.shift)
+        out["shifted_logits_kl"] = logits_kl(logits_now, shifted, old.mask)
+    return out
 
 
 def _micro_sums(params: Tree, batch: LearnerBatch, weights, share, step: _Step) -> _Sums:
@@ -235,9 +214,6 @@ def _micro_sums(params: Tree, batch: LearnerBatch, weights, share, step: _Step) 
     if batch.features is not None:
         logits_now = jax.lax.stop_gradient(router.logits)
         metrics = metrics | _flips(params, batch, router, logits_now, step)
-        if batch.shift is not None:
-            old = batch.features
-            metrics |= shift_ratio(old.inputs, batch.shift, old.logits, old.mask)
         if plan(step.replay).predictor:
             predictor_grad, sums, counts = _predictor_terms(params, batch, logits_now, step)
     return _Sums(grads, loss, predictor_grad, sums, counts, router.load, metrics)
@@ -249,7 +225,9 @@ def accumulate(params: Tree, batch: LearnerBatch, step: _Step) -> _Sums:
     (But for the load-balancing loss, a product of two means, which is taken per micro-batch and
     averaged by real tokens.)
     """
-    weights = token_weights(jax.vmap(to_inputs)(batch.loss_mask), step.rl.aggregation)
+    rl = step.rl
+    mask = jax.vmap(to_inputs)(batch.loss_mask)
+    weights = token_weights(mask, rl.aggregation, rl.sampling.max_tokens)
     real = jnp.sum(batch.lengths, axis=1).astype(jnp.float32)
     shares = real / jnp.maximum(jnp.sum(real), 1.0)
 
