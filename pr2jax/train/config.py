@@ -159,7 +159,9 @@ class LoopConfig:
 
     checkpoint_every counts steps (0: only at the end and on interruption); `keep` of the latest
     are kept besides the best. Metrics are read from the device every log_every steps.
-    save_routes writes each rollout batch's routes as a TensorStore array.
+    save_routes writes each rollout batch's routes as a TensorStore array. journal keeps each
+    rollout batch on disk, recorded router features included, until no checkpoint needs it: a run
+    that was killed never samples or grades a batch twice.
     """
 
     checkpoint_every: int = 50
@@ -167,6 +169,7 @@ class LoopConfig:
     log_every: int = 1
     tensorboard: bool = True
     save_routes: bool = False
+    journal: bool = True
 
     def validate(self) -> None:
         """Raises ConfigError("key: why")."""

@@ -9,6 +9,7 @@ is damaged, or was written by another run, is told, removed, and made again.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -23,7 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pr2jax.core.config import from_config_dict
 from pr2jax.core.metrics import remove_leftovers, replacing
+from pr2jax.models.predictor import RouterFeatures
+from pr2jax.sampler.types import Rollout, SamplingParams
 
 log = logging.getLogger("pr2jax")
 
@@ -31,6 +35,7 @@ Buffer = bytes | memoryview
 Entry = tuple[dict[str, np.ndarray], dict[str, Any]]
 
 _DIGEST = 16
+_FEATURES = "features/"
 _NAME = re.compile(r"step_(\d+)[.]p(\d+)[.]batch")
 
 
@@ -113,7 +118,42 @@ class Journal:
 
     def size(self) -> int:
         """Bytes of all entries."""
-        return sum(self._path(step).stat().st_size for step in self.steps())
+        return sum(self.size_of(step) for step in self.steps())
+
+    def size_of(self, step: int) -> int:
+        """Bytes of the entry of `step`."""
+        return self._path(step).stat().st_size
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}.p{jax.process_index()}.batch"
+
+
+def pack(rollout: Rollout, features: RouterFeatures | None) -> Entry:
+    """A rollout and its recorded features as what an entry holds."""
+    arrays = {}
+    for prefix, held in (("", rollout), (_FEATURES, features)):
+        for field in () if held is None else _array_fields(type(held)):
+            value = getattr(held, field)
+            if value is not None:
+                arrays[prefix + field] = np.asarray(jax.device_get(value))
+    meta = {"reasons": rollout.reasons, "sampling": dataclasses.asdict(rollout.sampling)}
+    return arrays, meta
+
+
+def unpack(
+    arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]
+) -> tuple[Rollout, RouterFeatures | None]:
+    """The inverse of `pack`."""
+    rollout = Rollout(
+        **{field: arrays.get(field) for field in _array_fields(Rollout)},
+        reasons=tuple(meta["reasons"]),
+        sampling=from_config_dict(SamplingParams, meta["sampling"]),
+    )
+    fields = _array_fields(RouterFeatures)
+    if _FEATURES + fields[0] not in arrays:
+        return rollout, None
+    return rollout, RouterFeatures(**{field: arrays[_FEATURES + field] for field in fields})
+
+
+def _array_fields(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.metadata.get("pytree_node", True)]

@@ -1,8 +1,14 @@
 """The one loop that every trainer runs in: resume, step, evaluate, log, save, stop.
 
 A run's position is one number, the steps it has done: batches and random keys are functions of
-it. Order of a resume: the latest checkpoint's state and position are restored and the next step
-is the one after it; metrics rows of steps after it are dropped, since they come again.
+it and of what the trainer remembers. Order of a resume: the latest checkpoint's state, position
+and memory are restored and the next step is the one after it; rows of steps after it are dropped
+from metrics.jsonl and ledger.jsonl, since they come again; batches of steps after it that are in
+the journal are learned from as they are.
+
+So a run that is killed at any moment and started again ends in the state of one that never was,
+where its programs repeat to the bit (as on CPU) and nothing in it goes by the clock (a verifier's
+time limit that was reached; a stage of so many seconds).
 """
 
 from __future__ import annotations
@@ -15,19 +21,20 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 
 from pr2jax.core.checkpoint import Checkpointer
 from pr2jax.core.device import CompilationCounter, profile
-from pr2jax.core.metrics import MetricWriter, Progress, reduce
+from pr2jax.core.metrics import MetricWriter, Progress, RowWriter, reduce, remove_leftovers
 from pr2jax.core.state import TrainState
 from pr2jax.train.config import LoopConfig
 
 log = logging.getLogger("pr2jax")
 
 CHECKPOINTS = "checkpoints"
+LEDGER = "ledger.jsonl"
 
 
 class Interrupted(Exception):
@@ -61,6 +68,38 @@ class Trainer(Protocol):
 
     def remember(self, memory: dict[str, Any]) -> None:
         """Takes back what `memory` gave."""
+        ...
+
+
+@runtime_checkable
+class Accountable(Protocol):
+    """A trainer that says what it learned from: a row of ledger.jsonl a step,
+    {"step": n, "items": [...]}."""
+
+    def consumed(self, index: int) -> list:
+        """Ids, as JSON, of the items of the step just done, from position `index`."""
+        ...
+
+
+@runtime_checkable
+class Filtering(Protocol):
+    """A trainer that also passes items over: "filtered" in their step's row."""
+
+    def filtered(self, index: int) -> list:
+        """Ids of those items."""
+        ...
+
+
+@runtime_checkable
+class Journalling(Protocol):
+    """A trainer whose batches cost much: it keeps them on disk until they are learned from."""
+
+    def open_journal(self, workdir: Path) -> None:
+        """Keeps them in a folder of `workdir` from here on, and takes what is there."""
+        ...
+
+    def trim_journal(self, position: int) -> None:
+        """Batches before `position` are not needed any more."""
         ...
 
 
@@ -119,18 +158,27 @@ class _Run:
             os.path.join(workdir, CHECKPOINTS), keep=options.keep, **best
         )
         self.index, self.seconds = start, 0.0
-        self._restore()
-        self.writer = MetricWriter(workdir, tensorboard=options.tensorboard, resume_step=self.index)
+        remove_leftovers(workdir)
+        # Without a checkpoint the row of the start is written again, too.
+        kept = self.index if self._restore() else start - 1
+        self.writer = MetricWriter(workdir, tensorboard=options.tensorboard, resume_step=kept)
+        self.ledger = None
+        if isinstance(trainer, Accountable):
+            self.ledger = RowWriter(os.path.join(workdir, LEDGER), resume_step=kept)
+        self.journal = options.journal and isinstance(trainer, Journalling)
+        if self.journal:
+            trainer.open_journal(Path(workdir))
         self.compilations = compilations
         self.pending: list[tuple[int, dict[str, Any]]] = []
         self.last_eval: dict[str, float] = {}
         self.last_eval_index = -1
         self.in_steps = True
 
-    def _restore(self) -> None:
+    def _restore(self) -> bool:
+        """Takes the latest checkpoint, if there is one."""
         latest = self.checkpoints.latest_step()
         if latest is None:
-            return
+            return False
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
         )
@@ -140,6 +188,7 @@ class _Run:
         log.info("%s: resumed at step %d of %d", self.trainer.name, self.index, self.trainer.steps)
         for line in _differences(extra["config"], self.config):
             log.warning("configuration differs from the checkpoint's: %s", line)
+        return True
 
     def save(self, metrics: dict[str, float] | None = None) -> None:
         extra = {
@@ -148,7 +197,30 @@ class _Run:
             "seconds": self.seconds,
             "memory": self.trainer.memory(),
         }
+        # Rows up to here are never written again.
+        self.writer.sync()
+        if self.ledger is not None:
+            self.ledger.sync()
+        done = self.checkpoints.steps()[-self.options.keep :]
         self.checkpoints.save(self.index, self.state, extra, metrics)
+        if self.journal and done:
+            self.trainer.trim_journal(done[0])
+
+    def account(self, index: int) -> None:
+        """Writes down what the step from position `index` learned from."""
+        if self.ledger is None:
+            return
+        row = {"step": index + 1, "items": self.trainer.consumed(index)}
+        if isinstance(self.trainer, Filtering):
+            row["filtered"] = self.trainer.filtered(index)
+        self.ledger.write(row)
+
+    def close(self) -> None:
+        """Closes what it writes to."""
+        self.writer.close()
+        if self.ledger is not None:
+            self.ledger.close()
+        self.checkpoints.close()
 
     def evaluate(self) -> dict[str, float]:
         if self.last_eval_index != self.index:
@@ -214,8 +286,7 @@ def run(
         try:
             _loop(work, stop, max_seconds, profile_steps, workdir)
         finally:
-            work.writer.close()
-            work.checkpoints.close()
+            work.close()
         if stop.requested:  # also after the last step: no next stage is begun
             raise Interrupted(
                 f"{trainer.name}: stopped at step {work.index} of {trainer.steps} and saved in "
@@ -251,6 +322,7 @@ def _loop(work: _Run, stop: StopRequest, max_seconds, profile_steps: int, workdi
             log.info("tracing %d steps into %s", profile_steps, workdir / "profile")
         start = time.monotonic()
         work.state, metrics = trainer.step(work.state, work.index)
+        work.account(work.index)
         work.index += 1
         last = work.index == trainer.steps
         if len(work.pending) + 1 >= options.log_every or last or stop.requested:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +21,6 @@ from pr2jax.core.metrics import merge
 from pr2jax.core.optim import build_optimizer
 from pr2jax.core.state import TrainState, create
 from pr2jax.replay.modes import plan
-from pr2jax.rl.advantages import group_advantages, zero_variance
 from pr2jax.rl.batch import (
     feature_places,
     make_batch,
@@ -29,11 +29,13 @@ from pr2jax.rl.batch import (
     split_mini_batches,
 )
 from pr2jax.rl.scoring import make_scorer, scoring_decision
+from pr2jax.rl.signal import learning_signal
 from pr2jax.rl.types import LearnerBatch, policy_optim
 from pr2jax.rl.update import make_mini_step
 from pr2jax.sampler.types import Rollout
 from pr2jax.tasks.base import Problem
 from pr2jax.train.evaluator import Evaluator
+from pr2jax.train.probe import DriftProbe
 from pr2jax.train.rollouts import Gathered, RolloutSource
 from pr2jax.train.session import Session
 
@@ -45,7 +47,8 @@ class RLTrainer:
 
     Metrics of a step: those of its batch (`RolloutSource`); `kept_groups` (share with a signal),
     `tokens_per_second`, `time/learn`; every learner metric over the whole step; and under
-    `mini_I/NAME` those of mini-step I (by layer: zero deviation and agreement).
+    `mini_I/NAME` those of mini-step I (by layer: zero deviation and agreement); `probe/*` of
+    batches that are probed (`train/probe.py`).
     """
 
     def __init__(self, session: Session, problems: list[Problem], evaluator: Evaluator | None):
@@ -71,6 +74,7 @@ class RLTrainer:
             dtype=session.dtype,
             mesh=session.mesh,
         )
+        self.probe = DriftProbe(session, self._score, self.optimizer.cfg)
         self._reference = None
         self._mismatch: float | None = None
         self._decided: tuple[bool, bool] | None = None
@@ -98,30 +102,34 @@ class RLTrainer:
         self, state: TrainState, index: int, gathered: Gathered
     ) -> tuple[TrainState, dict[str, Any]]:
         cfg, rollout = self.cfg, gathered.rollout
+        signal = learning_signal(rollout, cfg, gathered.keep)
         batch = make_batch(
-            rollout,
-            group_advantages(rollout.rewards, rollout.group_ids),
+            rollout.replace(loss_mask=signal.loss_mask),
+            signal.advantages,
             bucket=cfg.length_bucket,
             use_routes=self.plan.recorder == "sampler",
             features=gathered.features,
         ).replace(shift=gathered.shift, lookahead=gathered.lookahead)
         batch = self._scored(state.params, batch, rollout, index)
-        silent = zero_variance(rollout.rewards, rollout.group_ids)
-        keep = ~silent if cfg.filter_zero_variance else np.ones_like(silent)
         minis = split_mini_batches(
             batch,
             rollout.group_ids,
-            keep,
+            signal.keep,
             mini_steps=cfg.mini_steps,
             micro_batch=cfg.micro_batch,
         )
-        found = []
-        for i, mini in enumerate(minis):
+        window = self.probe.window(state, batch, rollout, index)
+        found, steps = [], minis * cfg.epochs
+        for i, mini in enumerate(steps):
+            if window and i == len(steps) - 1:
+                window.measure("last", state.params, i)
             state, metrics = self._mini(state, put_batch(mini, self.session.mesh), i > 0)
             found.append(metrics)
         out = self._merge(jax.device_get(found))
-        out["kept_groups"] = (float((~silent).mean()), 1.0)
-        return state, out
+        if window:
+            window.measure("window", state.params, len(steps))
+            out |= window.close()
+        return state, out | {name: (value, 1.0) for name, value in signal.metrics.items()}
 
     def _scored(self, params, batch: LearnerBatch, rollout: Rollout, index: int) -> LearnerBatch:
         """Adds what passes under theta_old give: old and reference log-probs, routes, features."""
@@ -189,10 +197,28 @@ class RLTrainer:
         """Held-out figures, where there is an evaluator."""
         return {} if self.evaluator is None else self.evaluator.quick(state.params, index)
 
+    def consumed(self, index: int) -> list[str]:
+        """Ids of the problems that step `index`, the last one, learned from."""
+        return self.source.consumed(index)
+
+    def filtered(self, index: int) -> list[str]:
+        """Ids of those that its dynamic sampling passed over."""
+        return self.source.filtered(index)
+
+    def open_journal(self, workdir: Path) -> None:
+        """Batches are in `workdir`/journal from here on, before they are learned from."""
+        self.source.open_journal(workdir)
+
+    def trim_journal(self, position: int) -> None:
+        """Removes journalled batches before `position`."""
+        self.source.trim_journal(position)
+
     def memory(self) -> dict[str, Any]:
-        """The mismatch measured last: the next step decides by it whether to score."""
-        return {"mismatch": self._mismatch}
+        """The mismatch measured last: the next step decides by it whether to score; and where
+        the next batch begins in the order of prompts."""
+        return {"mismatch": self._mismatch, "source": self.source.memory()}
 
     def remember(self, memory: dict[str, Any]) -> None:
         """Takes back what `memory` gave."""
         self._mismatch = memory["mismatch"]
+        self.source.remember(memory["source"])
