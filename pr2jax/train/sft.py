@@ -85,6 +85,10 @@ class SFTTrainer:
         """One optimizer step."""
         return self._step(state, self.batch(index))
 
+    def consumed(self, index: int) -> list[int]:
+        """Which of the packed rows step `index` learns from."""
+        return self.order.at(index).tolist()
+
     def evaluate(self, state: TrainState, index: int) -> dict[str, float]:
         """Held-out figures, where there is an evaluator."""
         return {} if self.evaluator is None else self.evaluator.quick(state.params, index)
