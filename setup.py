@@ -26,6 +26,7 @@ setup(
         "gguf",
         "grain",
         "jaxtyping",
+        "jinja2>=3.1.6",
         "math-verify[antlr4_13_2]",
         "matplotlib",
         "ml-collections",

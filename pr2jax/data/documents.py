@@ -49,7 +49,9 @@ class Documents:
 
 def read_documents(sources: Mapping[str, SourceConfig]) -> list[Documents]:
     """Opens every source and reads every document once, so that a malformed one is told at the
-    start and not hours later. Raises ConfigError ("NAME.key: why") or DataError ("NAME: place: why").
+    start and not hours later.
+
+    Raises ConfigError ("NAME.key: why") or DataError ("NAME: place: why").
     """
     found = []
     for name, cfg in sources.items():

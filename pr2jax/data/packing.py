@@ -44,8 +44,11 @@ class PackingReport:
     fill: float
 
 
-def answer_example(tokenizer: Tokenizer, prompt: str, solution: str) -> Example:
-    """Prompt, solution and the end token; targets are the solution and the end."""
+def answer_example(
+    tokenizer: Tokenizer, prompt: str | Sequence[dict[str, str]], solution: str
+) -> Example:
+    """Prompt (text, or messages), solution and the end token; targets are the solution and the
+    end."""
     head, tail = encode_prompt(tokenizer, prompt), tokenizer.encode(solution)
     tail = [*tail, tokenizer.eos_id]
     return Example([*head, *tail], [0] * len(head) + [1] * len(tail))

@@ -6,12 +6,15 @@ fills rows only; masks come from lengths, so it may equal `eos_id`.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from pr2jax.core.config import ConfigError
+from pr2jax.data.chat import ChatTemplate, SpelledControls, check_messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +28,14 @@ class TokenizerConfig:
     vocab_size: pieces of a "sentencepiece" tokenizer that is to be trained (then without path).
     alphabet: the characters, for "char", in id order.
     eos: the end token's text, for "hf" where tokenizer_config.json does not name it.
+    chat_template: a jinja2 file in the place of the chat template that an "hf" folder holds.
     """
 
     kind: Literal["byte", "char", "hf", "sentencepiece"] = "byte"
     path: str = ""
     alphabet: str = ""
     eos: str = ""
+    chat_template: str = ""
     vocab_size: int = 0
 
     @property
@@ -63,11 +68,15 @@ class TokenizerConfig:
             raise ConfigError(f"path: kind {self.kind!r} reads no file")
         if self.eos and self.kind != "hf":
             raise ConfigError(f"eos: only for kind 'hf', not {self.kind!r}")
+        if self.chat_template and self.kind != "hf":
+            raise ConfigError(f"chat_template: only for kind 'hf', not {self.kind!r}")
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `bos_id` is None where the model wants no first token."""
+    """Text to ids and back. `bos_id` is None where the model wants no first token, `chat` where
+    there is no chat template."""
 
+    chat: ChatTemplate | None
     vocab_size: int
     eos_id: int
     pad_id: int
@@ -85,7 +94,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """Ids 0..255 are UTF-8 bytes; 256 is <pad>, 257 is <eos>."""
 
-    vocab_size, pad_id, eos_id, bos_id = 258, 256, 257, None
+    vocab_size, pad_id, eos_id, bos_id, chat = 258, 256, 257, None, None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -97,7 +106,7 @@ class ByteTokenizer:
 class CharTokenizer:
     """Id 0 is <pad>, 1 is <eos>, then the alphabet in its order from id 2."""
 
-    pad_id, eos_id, bos_id = 0, 1, None
+    pad_id, eos_id, bos_id, chat = 0, 1, None, None
 
     def __init__(self, alphabet: str):
         self._ids = {c: i + 2 for i, c in enumerate(alphabet)}
@@ -120,7 +129,7 @@ class CharTokenizer:
 class HFTokenizer:
     """A `tokenizer.json` read by the `tokenizers` library (no `transformers`)."""
 
-    def __init__(self, path: str, eos: str = ""):
+    def __init__(self, path: str, eos: str = "", chat_template: str = ""):
         import tokenizers
 
         file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
@@ -150,21 +159,81 @@ class HFTokenizer:
         pad_id = self._special(names.get("pad_token"))
         self.pad_id = self.eos_id if pad_id is None else pad_id
         self.bos_id = self._special(names.get("bos_token")) if names.get("add_bos_token") else None
+        self.chat = _chat_template(os.path.dirname(file), names, chat_template)
 
     def _special(self, token: Any) -> int | None:
-        if isinstance(token, dict):
-            token = token.get("content")
-        return self._tokenizer.token_to_id(token) if token else None
+        text = _text(token)
+        return self._tokenizer.token_to_id(text) if text else None
+
+    @functools.cached_property
+    def _controlling(self):
+        """The same tokenizer, reading control tokens: for the text of templates alone."""
+        made = self._tokenizer.from_str(self._tokenizer.to_str())
+        made.encode_special_tokens = False
+        return made
+
+    @functools.cached_property
+    def _controls(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_chat(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Ids of a conversation by the chat template, its control tokens recognised; a message
+        that spells one stays text. Raises ValueError without a template, or for bad messages."""
+        if self.chat is None:
+            raise ValueError("the tokenizer has no chat template")
+        check_messages(messages)
+        spelled = SpelledControls(list(self._controls), messages)
+        render = functools.partial(self.chat.render, add_generation_prompt=add_generation_prompt)
+        if not spelled.any:
+            return self._controlling.encode(render(messages), add_special_tokens=False).ids
+        ids = []
+        for control, text in spelled.split(
+            render([{**m, "content": spelled.guard(m["content"])} for m in messages])
+        ):
+            ids += [self._controls[text]] if control else self.encode(text)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
+def _text(token: Any) -> str | None:
+    """A token of tokenizer_config.json, which may be a text or an object around it."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _chat_template(folder: str, names: dict[str, Any], own: str) -> ChatTemplate | None:
+    """`own`, else chat_template.jinja, else that of tokenizer_config.json, as `transformers`
+    orders them. Raises ConfigError."""
+    beside = os.path.join(folder, "chat_template.jinja")
+    where = own or (beside if os.path.isfile(beside) else "")
+    source = names.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    try:
+        if where:
+            with open(where, encoding="utf-8") as file:
+                source = file.read()
+        if not source:
+            return None
+        specials = {k: _text(v) for k, v in names.items() if k.endswith("_token") and _text(v)}
+        return ChatTemplate(
+            source, specials, where or os.path.join(folder, "tokenizer_config.json")
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"chat_template: {error}") from None
+
+
 class SentencePieceTokenizer:
     """A SentencePiece `.model` file. Without a pad piece, <pad> is <eos>."""
+
+    chat = None
 
     def __init__(self, path: str):
         import sentencepiece
@@ -201,7 +270,7 @@ def build_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
     if cfg.kind == "char":
         return CharTokenizer(cfg.alphabet)
     if cfg.kind == "hf":
-        return HFTokenizer(cfg.path, cfg.eos)
+        return HFTokenizer(cfg.path, cfg.eos, cfg.chat_template)
     return SentencePieceTokenizer(cfg.path)
 
 
@@ -221,6 +290,8 @@ def save_tokenizer(cfg: TokenizerConfig, folder: str | os.PathLike) -> None:
     files = {name: os.path.join(beside, name) for name in _TRAVELS} if cfg.kind == "hf" else {}
     if not os.path.isdir(cfg.path):
         files["tokenizer.json" if cfg.kind == "hf" else "tokenizer.model"] = cfg.path
+    if cfg.chat_template:
+        files["chat_template.jinja"] = cfg.chat_template
     os.makedirs(folder, exist_ok=True)
     for name, source in files.items():
         target = os.path.join(folder, name)
@@ -234,15 +305,22 @@ def saved_tokenizer(cfg: TokenizerConfig, folder: str | os.PathLike) -> Tokenize
     there = os.path.join(folder, "tokenizer.json") if cfg.kind == "hf" else own
     if not cfg.path or not os.path.isfile(there):
         return cfg
-    return dataclasses.replace(cfg, path=os.fspath(own))
+    # Its chat template was copied with it, to where it is found by itself.
+    return dataclasses.replace(cfg, path=os.fspath(own), chat_template="")
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a prompt: the first token where the model wants one, then the text.
+def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[dict[str, str]]) -> list[int]:
+    """Ids of a prompt. Text: the first token where the model wants one, then the text. Messages:
+    what the tokenizer's chat template makes of them, up to where the assistant speaks.
 
-    Raises ValueError on an empty result: a model needs one token to predict from.
+    Raises ValueError on an empty result (a model needs one token to predict from), and for
+    messages where the tokenizer has no chat template.
     """
-    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
+    if not isinstance(prompt, str):
+        if tokenizer.chat is None:
+            raise ValueError("prompt_template is 'chat', but the tokenizer has no chat template")
+        return tokenizer.encode_chat(prompt)
+    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
     if not ids:
         raise ValueError("an empty prompt gives no tokens")
     return ids

@@ -114,7 +114,7 @@ def evaluate(
         raise ValueError("no problems to evaluate")
     if any(not 1 <= k <= n for k in ks):
         raise ValueError(f"pass@k for k in {list(ks)} from {n} samples a problem: k must be 1..{n}")
-    prompts = [encode_prompt(tokenizer, p.prompt) for p in problems]
+    prompts = [encode_prompt(tokenizer, p.input) for p in problems]
     rollout, _ = sampler.rollout(prompts, n, sampling, params=params, key=key)
     rollout, texts = score_rollout(rollout, problems, n, tokenizer, pool)
     return summarise(rollout, texts, problems, n, ks)

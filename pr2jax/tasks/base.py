@@ -10,6 +10,8 @@ from typing import Any
 from pr2jax.core.config import ConfigError
 from pr2jax.data.chat import render, render_prompt
 
+CHAT = "chat"  # the prompt_template that stands for the tokenizer's own
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -18,7 +20,8 @@ class Problem:
     id: unique within its task. prompt: what the model reads. answer: reference answer, for
     reports. data_source: says who verifies it: "reasoning_gym/NAME", or a Guru
     "domain__name". solution: target text for SFT, None where there is none. meta: what the
-    verifier needs, and "question", the question itself before any template.
+    verifier needs, and "question", the question itself before any template. messages: the
+    conversation that a chat template puts around the prompt, empty where none does.
     """
 
     id: str
@@ -27,6 +30,12 @@ class Problem:
     data_source: str
     solution: str | None = None
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    messages: tuple[dict[str, str], ...] = ()
+
+    @property
+    def input(self) -> str | tuple[dict[str, str], ...]:
+        """What the tokenizer encodes: the messages where there are any, else the prompt."""
+        return self.messages or self.prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +55,8 @@ class TaskConfig:
     size, held_out: numbers of training and of held-out problems. Rows: size -1 takes all.
     seed: chooses the problems and the split.
     prompt_template, answer_template: with {question} and {answer}; the second makes the SFT
-        target.
+        target. prompt_template "chat" puts the question by the tokenizer's own chat template.
+    system_prompt: system message before the question, for "chat" (empty: none).
     question_regex: what the model sees of the question is group 1 of its first match; empty
         leaves the question whole. The verifier always works on the whole.
     lowercase: put question and solution in lower case (a smaller alphabet for small models; for
@@ -64,6 +74,7 @@ class TaskConfig:
     held_out: int = 100
     seed: int = 0
     prompt_template: str = "{question}\n"
+    system_prompt: str = ""
     answer_template: str = "{answer}"
     question_regex: str = ""
     lowercase: bool = False
@@ -87,8 +98,12 @@ class TaskConfig:
         if self.held_out < 0 or (self.size == 0 and self.held_out == 0):
             raise ConfigError(f"held_out: {self.held_out} problems, with size {self.size}")
         for key, field in (("prompt_template", "question"), ("answer_template", "answer")):
+            if (key, self.prompt_template) == ("prompt_template", CHAT):
+                continue
             if f"{{{field}}}" not in getattr(self, key):
                 raise ConfigError(f"{key}: {getattr(self, key)!r} has no {{{field}}}")
+        if self.system_prompt and self.prompt_template != CHAT:
+            raise ConfigError("system_prompt: only for prompt_template 'chat'")
         for key in ("question_regex", "response_regex"):
             try:
                 pattern = re.compile(getattr(self, key))
@@ -157,9 +172,10 @@ def finish_problem(
     target = answer
     if cfg.lowercase:
         shown, target = shown.lower(), answer.lower()
+    chat = cfg.prompt_template == CHAT
     return Problem(
         id=ident,
-        prompt=render_prompt(cfg.prompt_template, shown),
+        prompt=shown if chat else render_prompt(cfg.prompt_template, shown),
         answer=answer,
         data_source=data_source,
         solution=render(cfg.answer_template, answer=target),
@@ -170,7 +186,13 @@ def finish_problem(
             "partial_credit": cfg.partial_credit,
             **meta,
         },
+        messages=_messages(cfg.system_prompt, shown) if chat else (),
     )
+
+
+def _messages(system: str, question: str) -> tuple[dict[str, str], ...]:
+    before = ({"role": "system", "content": system},) if system else ()
+    return (*before, {"role": "user", "content": question})
 
 
 def extract_response(problem: Problem, response: str) -> str | None:

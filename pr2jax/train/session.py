@@ -150,7 +150,7 @@ class Session:
     def encode(self, problem: Problem) -> list[int]:
         """Token ids of a problem's prompt. Raises ConfigError naming the problem."""
         try:
-            ids = encode_prompt(self.tokenizer, problem.prompt)
+            ids = encode_prompt(self.tokenizer, problem.input)
         except ValueError as error:
             raise ConfigError(f"tokenizer: problem {problem.id}: {error}") from None
         if len(ids) > self.cfg.sampler.max_prompt:

@@ -28,7 +28,7 @@ def pack_problems(problems: list[Problem], tokenizer: Tokenizer, row_length: int
     if unsolved:
         raise ConfigError(f"sft.task: problem {unsolved[0]} has no solution to learn from")
     try:
-        examples = [answer_example(tokenizer, p.prompt, p.solution) for p in problems]
+        examples = [answer_example(tokenizer, p.input, p.solution) for p in problems]
         rows, report = pack(examples, row_length, pad_id=tokenizer.pad_id)
     except ValueError as error:
         raise ConfigError(f"sft: {error} (tokenizer, or sft.row_length={row_length})") from None
