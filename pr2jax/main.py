@@ -33,13 +33,14 @@ EXIT_RESUME = 75  # sysexits' EX_TEMPFAIL: saved, run the same command again
 
 def run(config, workdir: str, profile_steps: int = 0) -> None:
     """Runs a `train.config.Config` (dataclass) in `workdir`."""
-    from pr2jax.train import generate, pipeline  # they import JAX and its friends
+    from pr2jax.train import generate, pipeline, study  # they import JAX and its friends
 
     modes = {
         "sft": pipeline.run_sft,
         "rl": pipeline.run_rl,
         "sft_then_rl": pipeline.run_sft_then_rl,
         "generate": generate.run_generate,
+        "study": study.run_study,
         "pretrain": pipeline.run_pretrain,
     }
     modes[config.mode](config, workdir, profile_steps)
@@ -80,6 +81,7 @@ def _start(argv: list[str]) -> None:
     from pr2jax.models.importers.hf import CheckpointFormatError
     from pr2jax.tasks.rows import RowError
     from pr2jax.train.loop import Interrupted, TrainingDiverged
+    from pr2jax.train.study import StudyError
 
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; settings are --config.key=value")
@@ -110,6 +112,7 @@ def _start(argv: list[str]) -> None:
         CheckpointFormatError,
         RowError,
         TrainingDiverged,
+        StudyError,
     ) as error:
         log.error("%s: %s", type(error).__name__, error)
         sys.exit(EXIT_BAD_CONFIG)

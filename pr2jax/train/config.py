@@ -18,7 +18,7 @@ from pr2jax.rl.types import PREDICTOR_GROUP, RLConfig
 from pr2jax.sampler.types import SamplerConfig, SamplingParams
 from pr2jax.tasks.base import TaskConfig
 
-Mode = Literal["sft", "rl", "sft_then_rl", "generate", "pretrain"]
+Mode = Literal["sft", "rl", "sft_then_rl", "generate", "pretrain", "study"]
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,62 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class CellConfig:
+    """One setting of a study, run once for each of the study's first `seeds` seeds.
+
+    Attributes:
+      group: cells of a group stand in one table and one figure.
+      overrides: "dotted.key=value" each, values as JSON or plain text.
+      against: the cell of the same group that it is compared with, seed by seed (empty: none).
+      priority: smaller ones run first.
+    """
+
+    name: str
+    group: str = ""
+    overrides: tuple[str, ...] = ()
+    seeds: int = 1
+    against: str = ""
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Many runs of this configuration, as mode `rl` (train/study.py).
+
+    Attributes:
+      cells: what differs between the runs.
+      warmup: start all cells of a seed from one SFT run of that seed, else from `init_from`.
+      workers: runs at a time.
+      cores_per_worker: cores that a run is pinned to (0: not pinned).
+      steady_from: rollout batches at the start that figures leave out.
+      report_every: finished cells between two reports.
+    """
+
+    cells: tuple[CellConfig, ...] = ()
+    warmup: bool = True
+    workers: int = 1
+    cores_per_worker: int = 1
+    steady_from: int = 0
+    report_every: int = 5
+
+    def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
+        for key, least in (("workers", 1), ("cores_per_worker", 0), ("report_every", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"{key}: must be >= {least}, got {getattr(self, key)}")
+        if self.steady_from < 0:
+            raise ConfigError(f"steady_from: must be >= 0, got {self.steady_from}")
+        names = {(cell.group, cell.name) for cell in self.cells}
+        for i, cell in enumerate(self.cells):
+            if cell.seeds < 1:
+                raise ConfigError(f"cells[{i}].seeds: must be >= 1, got {cell.seeds}")
+            if cell.against and (cell.group, cell.against) not in names:
+                raise ConfigError(
+                    f"cells[{i}].against: group {cell.group!r} has no cell {cell.against!r}"
+                )
+
+
+@dataclass(frozen=True)
 class Config:
     """One run.
 
@@ -233,6 +289,7 @@ class Config:
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
 
     def validate(self) -> None:
         """What no part can see alone. Raises ConfigError("key: why")."""
@@ -261,6 +318,10 @@ class Config:
             raise ConfigError("pretrain.bias_update_rate: the model's router has no selection bias")
         if self.tokenizer.untrained and self.mode != "pretrain" and not self.init_from:
             raise ConfigError("tokenizer.path: only mode 'pretrain' trains a tokenizer")
+        if self.mode == "study" and not self.study.cells:
+            raise ConfigError("study.cells: mode 'study' needs at least one")
+        if self.mode == "study" and self.study.steady_from >= self.rl.steps:
+            raise ConfigError(f"study.steady_from: leaves nothing of rl.steps={self.rl.steps}")
         if self.mode == "generate" and not (self.generate.prompts or self.generate.task):
             raise ConfigError("generate.prompts: mode 'generate' needs prompts, or generate.task")
         if self.upcycle.experts and not self.init_from:

@@ -121,12 +121,12 @@ class RLTrainer:
         window = self.probe.window(state, batch, rollout, index)
         found, steps = [], minis * cfg.epochs
         for i, mini in enumerate(steps):
-            if window and i == len(steps) - 1:
+            if window and 0 < i == len(steps) - 1:
                 window.measure("last", state.params, i)
             state, metrics = self._mini(state, put_batch(mini, self.session.mesh), i > 0)
             found.append(metrics)
         out = self._merge(jax.device_get(found))
-        if window:
+        if window and steps:
             window.measure("window", state.params, len(steps))
             out |= window.close()
         return state, out | {name: (value, 1.0) for name, value in signal.metrics.items()}
