@@ -1,6 +1,7 @@
 """The stream of packed rows against a brute-force oracle; shards, mixtures, and resuming."""
 
 import collections
+import itertools
 import json
 
 import numpy as np
@@ -168,7 +169,7 @@ def test_held_out_rows_predict_every_token_once(tokenizer):
     want = collections.Counter()
     for text in texts:
         ids = encode_document(tokenizer, text)
-        want.update(zip(ids, ids[1:], strict=False))
+        want.update(itertools.pairwise(ids))
     assert pairs == want
     few = held_out_rows(own, tokenizer, row_length=LENGTH, limit=2)
     assert few.documents == 3
