@@ -155,6 +155,7 @@ def reference_kl(
     logp_ref: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     estimator: KLEstimator = "k3",
+    log_ratios: Float[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
     """One-sample estimates of KL(new || ref), by d = log new - log ref; 0 outside the mask.
 
@@ -169,15 +170,21 @@ def reference_kl(
     * k1's, grad log new, has expectation zero: it holds nothing back and only adds noise.
     * k2's, d grad log new, is an unbiased gradient of KL(new || ref).
     * k3's, (1 - ref / new) grad log new, is in expectation the gradient of KL(ref || new).
+
+    With `log_ratios`, log(new / old), estimates are weighted by that ratio and its gradient
+    (DeepSeek-V3.2, arXiv 2512.02556): on tokens of the old policy k1 and k3 are then unbiased in
+    value and in gradient, and stay so over mini-steps.
     """
     delta = jnp.where(mask > 0, logp_ref - logp_new, 0.0)
     if estimator == "k1":
-        return -delta
-    if estimator == "k2":
-        return 0.5 * jnp.square(delta)
-    if estimator != "k3":
+        kl = -delta
+    elif estimator == "k2":
+        kl = 0.5 * jnp.square(delta)
+    elif estimator == "k3":
+        kl = jnp.expm1(delta) - delta
+    else:
         raise ValueError(f"estimator {estimator!r} is not k1, k2 or k3")
-    return jnp.expm1(delta) - delta
+    return kl if log_ratios is None else jnp.exp(log_ratios) * kl
 
 
 def effective_sample_size(

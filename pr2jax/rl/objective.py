@@ -61,6 +61,18 @@ def policy_terms(
     return terms, metrics | _ratio_metrics(log_ratios, low, high, mask)
 
 
+def kl_terms(
+    logp: Float[Array, "B T"],
+    old: Float[Array, "B T"],
+    ref: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    cfg: RLConfig,
+) -> Float[Array, "B T"]:
+    """The reference KL's estimate of each token, before `kl_coef`; arguments as above."""
+    log_ratios = losses.log_ratio(logp, old, mask) if cfg.kl_importance else None
+    return losses.reference_kl(logp, ref, mask, cfg.kl_estimator, log_ratios)
+
+
 def _share(hit: Bool[Array, "B T"], mask: Float[Array, "B T"]):
     """(tokens that were hit, tokens); `hit` may be [B, 1]."""
     return jnp.sum(jnp.where(mask > 0, hit, 0.0)), jnp.sum(mask)

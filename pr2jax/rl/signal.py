@@ -61,5 +61,6 @@ def learning_signal(
         keep = keep & np.isin(ids, ids[~cut])
         metrics["truncated"] = share(cut)
     advantages = np.zeros(len(ids), np.float32)
-    advantages[given] = group_advantages(rewards[given], ids[given], cfg.advantage)
+    if given.any():
+        advantages[given] = group_advantages(rewards[given], ids[given], cfg.advantage)
     return Signal(advantages, keep, mask.astype(np.float32), metrics)

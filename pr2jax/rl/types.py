@@ -63,7 +63,9 @@ class RLConfig:
       aggregation: mean over the mini-batch's tokens, or over sequences of their token means, or
         fixed: the sum of tokens over (sequences x sampling.max_tokens).
       kl_coef: weight of the KL to the reference policy (0: no reference is kept).
-      kl_estimator: how it is estimated from a token; k1 has no gradient in expectation.
+      kl_estimator: how it is estimated from a token; by itself k1 has no gradient in expectation.
+      kl_importance: weight that by the token's ratio, so that k1 and k3 have the gradient of
+        the KL that they estimate, off-policy too.
       entropy_coef: weight of the entropy bonus.
       load_balance_coef, z_coef: weights of the router's auxiliary losses (mean over layers).
       bias_update_rate: step of the selection bias after a mini-step; needs such a router.
@@ -102,6 +104,7 @@ class RLConfig:
     aggregation: Aggregation = "token_mean"
     kl_coef: float = 0.0
     kl_estimator: KLEstimator = "k3"
+    kl_importance: bool = False
     entropy_coef: float = 0.0
     load_balance_coef: float = 0.0
     z_coef: float = 0.0
@@ -213,6 +216,7 @@ class RLConfig:
             ("overlong_penalty", "overlong_buffer"),
             ("tis_level", "tis_cap"),
             ("kl_estimator", "kl_coef"),
+            ("kl_importance", "kl_coef"),
         ):
             if getattr(self, name) != default[name] and not getattr(self, reader):
                 raise ConfigError(f"{name}: {getattr(self, name)} has no effect with {reader}=0")

@@ -52,8 +52,8 @@ from pr2jax.replay.diagnostics import (
 )
 from pr2jax.replay.modes import PREDICTOR_PATTERN, ReplayConfig, check_model, gates, plan
 from pr2jax.replay.routes import decode, to_inputs
-from pr2jax.rl.losses import effective_sample_size, reference_kl, token_weights
-from pr2jax.rl.objective import policy_terms
+from pr2jax.rl.losses import effective_sample_size, token_weights
+from pr2jax.rl.objective import kl_terms, policy_terms
 from pr2jax.rl.types import PREDICTOR_GROUP, LearnerBatch, RLConfig
 
 MiniStep = Callable[[TrainState, LearnerBatch, Bool[Array, ""] | bool], tuple[TrainState, Metrics]]
@@ -148,7 +148,7 @@ def _policy_loss(
     metrics = {"policy_loss": (policy, weight), "entropy": (mean_entropy, weight)}
     if batch.ref_logprobs is not None:
         reference = to_inputs(batch.ref_logprobs)
-        kl = jnp.sum(weights * reference_kl(logp, reference, mask, rl.kl_estimator))
+        kl = jnp.sum(weights * kl_terms(logp, old, reference, mask, rl))
         loss = loss + rl.kl_coef * kl
         metrics["reference_kl"] = (kl, weight)
     if step.needs_stats:

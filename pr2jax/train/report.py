@@ -200,9 +200,9 @@ def _rl_tiles(rl: Rows, mini_steps: int) -> list[Tile]:
 
 def _rl_sections(session: Session, rl: Rows, sft: Rows) -> list[Section]:
     cfg = session.cfg
-    sections = [_learning_section(rl, sft, cfg.rl.mini_steps)]
+    sections = [_learning_section(rl, sft, cfg.rl.updates)]
     if cfg.replay.mode != "off":
-        sections.append(_replay_section(rl, cfg.replay.mode, cfg.rl.mini_steps))
+        sections.append(_replay_section(rl, cfg.replay.mode, cfg.rl.updates))
     return [*sections, _mismatch_section(rl), _time_section(rl)]
 
 
@@ -301,7 +301,7 @@ def write_rl(
     """The report of an RL run."""
     rl = training_rows(session.workdir)
     sections = _rl_sections(session, rl, [])
-    tiles = _rl_tiles(rl, session.cfg.rl.mini_steps)
+    tiles = _rl_tiles(rl, session.cfg.rl.updates)
     if start is not None and end is not None:
         sections.insert(0, _outcome_section({"before": start, "after": end}))
         sections.append(_transcripts(session, start, end))
@@ -334,7 +334,7 @@ def write_comparison(
             f"{control['metrics']['pass@1']['value']:.2f}",
             "pass@1 for the same wall time",
         ),
-        *_rl_tiles(rl, session.cfg.rl.mini_steps),
+        *_rl_tiles(rl, session.cfg.rl.updates),
     ]
     gains = page.table(
         ["RL's gain in pass@1, paired by problem", ""],

@@ -222,7 +222,7 @@ class RolloutSource:
             params=state.params,
             key=self.session.key("rollout"),
             request_offset=start * cfg.samples_per_prompt,
-            policy_version=index * cfg.mini_steps,
+            policy_version=index * cfg.updates,
             shift=shift,
             feature_tokens=self._features(),
         )

@@ -165,6 +165,18 @@ def test_put_batch_shards_rows():
         ({"samples_per_prompt": 1}, "samples_per_prompt"),
         ({"clip_low": 1.5}, "clip_low"),
         ({"kl_coef": -1.0}, "kl_coef"),
+        ({"epochs": 0}, "epochs"),
+        (
+            {"overlong_buffer": 65},
+            "overlong_buffer: 65 tokens are more than",
+        ),
+        ({"overlong_penalty": 0.5}, "overlong_penalty: 0.5 has no effect with overlong_buffer=0"),
+        ({"dual_clip": 0.9}, "dual_clip: must be above 1"),
+        ({"dual_clip": 3.0, "surrogate": "cispo"}, "dual_clip: surrogate=cispo"),
+        ({"tis_cap": 2.0}, "tis_cap: .* scoring_pass=always, not auto"),
+        ({"tis_level": "sequence"}, "tis_level: sequence has no effect with tis_cap=0"),
+        ({"kl_estimator": "k1"}, "kl_estimator: k1 has no effect with kl_coef=0"),
+        ({"kl_importance": True}, "kl_importance: True has no effect with kl_coef=0"),
         ({"sampling": SamplingParams(top_p=0.9)}, "sampling"),
         ({"sampling": SamplingParams(greedy=True)}, "sampling"),
     ],
@@ -182,3 +194,6 @@ def test_rl_config_says_how_sizes_multiply():
     assert "4 mini-steps x 64 rows" in text
     assert "1 micro-batches x 64 rows" in text
     assert tiny.rl_config(micro_batch=2).num_micro == 4
+    assert cfg.updates == 4
+    assert RLConfig(epochs=3).updates == 12
+    assert "3 epochs" in RLConfig(epochs=3).describe()

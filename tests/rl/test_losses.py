@@ -66,6 +66,9 @@ def test_weights_are_of_the_whole_mini_batch():
         np.testing.assert_array_equal(split.reshape(B, T), whole)
         np.testing.assert_allclose(whole.sum(), 1.0, rtol=1e-6)
         assert not np.any(losses.token_weights(np.zeros((2, 3)), aggregation))
+    fixed = losses.token_weights(mask, "fixed", 10)
+    np.testing.assert_allclose(fixed, mask / (10 * (mask.sum(1) > 0).sum()), rtol=1e-6)
+    assert not np.any(losses.token_weights(np.zeros((2, 3)), "fixed", 10))
     with pytest.raises(ValueError, match="median"):
         losses.token_weights(mask, "median")
 
@@ -78,6 +81,36 @@ def test_reference_kl():
         want = np.exp(d) - 1 - d if mask[b, t] else 0.0
         np.testing.assert_allclose(got[b, t], want, rtol=2e-4, atol=1e-7)
     assert np.all(got >= 0)
+    with pytest.raises(ValueError, match="k4"):
+        losses.reference_kl(new, ref, mask, "k4")
+
+
+def test_dual_clip_bounds_the_loss_of_a_negative_advantage():
+    """Closed form: beyond the bound the loss stands at -bound A and has no gradient."""
+    ratio = np.array([[0.5, 2.9, 3.1, 50.0]] * 2)
+    adv = np.array([[1.0], [-2.0]])
+
+    def loss(logs):
+        terms = losses.clipped_surrogate(logs, adv, 0.2, 0.28)[0]
+        return losses.dual_clip(terms, logs, adv, 3.0)
+
+    terms, hit = loss(np.log(ratio))
+    np.testing.assert_allclose(terms, [[-0.5, -1.28, -1.28, -1.28], [1.6, 5.8, 6.0, 6.0]])
+    np.testing.assert_array_equal(hit, [[0, 0, 0, 0], [0, 0, 1, 1]])
+    grad = jax.grad(lambda logs: loss(logs)[0].sum())(jnp.log(ratio))
+    np.testing.assert_allclose(grad, [[-0.5, 0, 0, 0], [0, 5.8, 0, 0]], rtol=1e-6)
+
+
+def test_truncated_importance():
+    old = np.log([[0.5, 0.2, 0.9], [0.5, 0.5, 0.1]])
+    behavior = np.log([[0.25, 0.4, 0.1], [0.4, 0.5, 0.9]])
+    mask = np.array([[1, 1, 0], [1, 1, 1]])
+    by_token, capped = losses.truncated_importance(old, behavior, mask, 1.2)
+    np.testing.assert_allclose(by_token, [[1.2, 0.5, 1], [1.2, 1, 1 / 9]], rtol=1e-6)
+    np.testing.assert_array_equal(capped, [[1, 0, 0], [1, 0, 0]])
+    whole, capped = losses.truncated_importance(old, behavior, mask, 1.2, "sequence")
+    np.testing.assert_allclose(whole, [[1.0], [1.25 / 9]], rtol=1e-6)
+    assert not np.any(capped)
 
 
 def test_infinities_outside_the_mask_reach_neither_value_nor_gradient():
