@@ -13,9 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 from pr2jax.core.params import ParamSpec, fan_in, ones, zeros
 from pr2jax.core.sharding import BATCH_AXES, batch_shards
 from pr2jax.models import cache as cache_lib
+from pr2jax.models.blocked_attention import blocked_attention
 from pr2jax.models.cache import Cache
 from pr2jax.models.config import ModelConfig
 from pr2jax.models.layers import apply_rope, linear, rms_norm
+
+
+# Tokens a row from which attention on a CPU goes by chunks.
+BLOCKED_FROM = 256
 
 
 def attention_specs(cfg: ModelConfig, repeats: int) -> dict:
@@ -101,14 +106,24 @@ def splash_attention(
     compiler cannot split a kernel over a mesh, so each device is handed its own rows (where the
     mesh divides them) and heads.
     """
-    run = partial(_splash_local, window=window, interpret=interpret)
-    if mesh is None or mesh.size == 1:
-        return run(q, k, v, segment_ids)
-    rows = None if q.shape[0] % batch_shards(mesh) else BATCH_AXES
-    act = PartitionSpec(rows, None, "tensor")
-    specs = (act, act, act, PartitionSpec(rows))
-    split = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=act, check_vma=False)
-    return split(q, k, v, segment_ids)
+    return _split(partial(_splash_local, window=window, interpret=interpret), mesh)(
+        q, k, v, segment_ids
+    )
+
+
+def _split(run, mesh: Mesh | None):
+    """`run(q, k, v, segment_ids)` with each device given its own rows and heads."""
+
+    def split(q, k, v, segment_ids):
+        if mesh is None or mesh.size == 1:
+            return run(q, k, v, segment_ids)
+        rows = None if q.shape[0] % batch_shards(mesh) else BATCH_AXES
+        act = PartitionSpec(rows, None, "tensor")
+        specs = (act, act, act, PartitionSpec(rows))
+        local = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=act, check_vma=False)
+        return local(q, k, v, segment_ids)
+
+    return split
 
 
 def _splash_local(q, k, v, segment_ids, window: int, interpret: bool):
@@ -135,7 +150,8 @@ def resolve_impl(cfg: ModelConfig, platform: str, length: int, dtype) -> str:
     """The attention kernel for full (uncached) rows of `length` tokens on `platform`.
 
     `auto` takes splash on TPU where its tiles fit (length a multiple of 128, head_dim of 64),
-    cuDNN's flash attention on GPU in half precision, else the plain einsum.
+    cuDNN's flash attention on GPU in half precision, chunks of the same on CPU for rows long
+    enough that a whole row's weights leave the cache, else the plain einsum.
     """
     if cfg.attention_impl != "auto":
         return cfg.attention_impl
@@ -144,7 +160,7 @@ def resolve_impl(cfg: ModelConfig, platform: str, length: int, dtype) -> str:
     half = jnp.dtype(dtype).itemsize == 2
     if platform in ("gpu", "cuda") and half and cfg.head_dim <= 128 and cfg.head_dim % 8 == 0:
         return "cudnn"
-    return "einsum"
+    return "blocked" if platform == "cpu" and length >= BLOCKED_FROM else "einsum"
 
 
 def _project(params: dict, name: str, x, heads: int, cfg: ModelConfig):
@@ -196,6 +212,8 @@ def attention(
         out = splash_attention(
             q, k, v, segment_ids, window, mesh=mesh, interpret=platform == "cpu"
         ).astype(x.dtype)
+    elif impl == "blocked":
+        out = _split(partial(blocked_attention, window=window), mesh)(q, k, v, segment_ids)
     elif impl == "cudnn":
         out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
     else:

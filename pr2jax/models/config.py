@@ -115,7 +115,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     init_stddev: float = 0.02
-    attention_impl: Literal["auto", "einsum", "splash", "cudnn"] = "auto"
+    attention_impl: Literal["auto", "einsum", "blocked", "splash", "cudnn"] = "auto"
     remat: Literal["none", "full", "dots"] = "none"
     scan_layers: bool = True
     logprob_chunk: int = 4096

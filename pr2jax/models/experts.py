@@ -121,14 +121,15 @@ def _blocks_backward(x, weights: ExpertWeights, plan: Dispatch, block, gs, us, g
     slots = xs.shape[0]
     gate_slot = gates.reshape(-1)[plan.assignment] * plan.valid
     dys = (dy[plan.token] * plan.valid[:, None]).astype(x.dtype)
+    put = lambda buf, v, start: lax.dynamic_update_slice(buf, v, (start,) + (0,) * (v.ndim - 1))
 
     def body(b, carry):
-        dxs, dgates, dw = carry
+        dxs, dgates, dgs, dus, xt, ht = carry
         e = plan.block_expert[b]
         start = b * block
         rows = lambda a, width: lax.dynamic_slice(a, (start, 0), (block, width))
         take = lambda w: lax.dynamic_index_in_dim(w, e, keepdims=False)
-        xb, g, u, dyb = rows(xs, d), rows(gs, f), rows(us, f), rows(dys, d)
+        xb, g, u, dyb = rows(xs, d), rows(dgs, f), rows(dus, f), rows(dys, d)
         gate = lax.dynamic_slice(gate_slot, (start,), (block,))
         h, pull = jax.vjp(_silu_mul, g, u)
         dh = dyb @ take(weights.down).T
@@ -136,33 +137,56 @@ def _blocks_backward(x, weights: ExpertWeights, plan: Dispatch, block, gs, us, g
         scale = gate[:, None].astype(x.dtype)
         dg, du = pull(dh * scale)
         dxb = dg @ take(weights.gate).T + du @ take(weights.up).T
-        outer = lambda a, c: lax.dot_general(
-            a, c, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        add = lambda buf, v: lax.dynamic_update_index_in_dim(
-            buf, lax.dynamic_index_in_dim(buf, e, keepdims=False) + v, e, 0
-        )
-        dw = ExpertWeights(
-            add(dw.gate, outer(xb, dg)),
-            add(dw.up, outer(xb, du)),
-            add(dw.down, outer(h * scale, dyb)),
-        )
         return (
-            lax.dynamic_update_slice(dxs, dxb, (start, 0)),
-            lax.dynamic_update_slice(dgates, dgate, (start,)),
-            dw,
+            put(dxs, dxb, start),
+            put(dgates, dgate, start),
+            put(dgs, dg, start),
+            put(dus, du, start),
+            put(xt, xb.T.reshape(-1), start * d),
+            put(ht, (h * scale).T.reshape(-1), start * f),
         )
 
-    zeros = lambda w: jnp.zeros(w.shape, jnp.float32)
     init = (
         jnp.zeros((slots, d), x.dtype),
         jnp.zeros((slots,), jnp.float32),
-        ExpertWeights(*map(zeros, weights)),
+        gs,  # a block's pre-activations make room for their own gradients
+        us,
+        jnp.zeros((slots * d,), x.dtype),
+        jnp.zeros((slots * f,), x.dtype),
     )
-    dxs, dgates, dw = lax.fori_loop(0, plan.num_blocks, body, init)
+    dxs, dgates, dgs, dus, xt, ht = lax.fori_loop(0, plan.num_blocks, body, init)
+    dw = _weight_gradients(weights, plan, block, xt, ht, dgs, dus, dys)
     dx = jnp.sum(dxs[plan.slot].astype(jnp.float32), axis=1).astype(x.dtype)
-    dweights = ExpertWeights(*(g.astype(w.dtype) for g, w in zip(dw, weights, strict=True)))
-    return dx, dweights, dgates[plan.slot]
+    return dx, dw, dgates[plan.slot]
+
+
+def _weight_gradients(weights: ExpertWeights, plan: Dispatch, block, xt, ht, dgs, dus, dys):
+    """Sums over each expert's blocks of x^T dg, x^T du and (gate h)^T dy, accumulated in fp32.
+
+    `xt` and `ht` hold every block transposed, row by row, in one dimension: a product that
+    contracts the first axis of a matrix is slow on XLA:CPU (in bfloat16 it is not one of
+    bfloat16 at all), and of a two-dimensional transpose the compiler makes just that again.
+    """
+    d, f = weights.gate.shape[1:]
+
+    def body(b, dw):
+        e = plan.block_expert[b]
+        rows = lambda a: lax.dynamic_slice(a, (b * block, 0), (block, a.shape[1]))
+        turned = lambda a, n: lax.dynamic_slice(a, (b * block * n,), (block * n,)).reshape(n, block)
+        dot = lambda a, c: lax.dot(a, c, preferred_element_type=jnp.float32)
+        add = lambda buf, v: lax.dynamic_update_index_in_dim(
+            buf, lax.dynamic_index_in_dim(buf, e, keepdims=False) + v, e, 0
+        )
+        xb, hb = turned(xt, d), turned(ht, f)
+        return ExpertWeights(
+            add(dw.gate, dot(xb, rows(dgs))),
+            add(dw.up, dot(xb, rows(dus))),
+            add(dw.down, dot(hb, rows(dys))),
+        )
+
+    zeros = ExpertWeights(*(jnp.zeros(w.shape, jnp.float32) for w in weights))
+    dw = lax.fori_loop(0, plan.num_blocks, body, zeros)
+    return ExpertWeights(*(g.astype(w.dtype) for g, w in zip(dw, weights, strict=True)))
 
 
 def _combine(ys, plan: Dispatch, gates):

@@ -262,7 +262,7 @@ def _masks(stack: tuple[Segment, ...], positions, segment_ids, impl: str, read_l
     windows = {block.window for segment in stack for block in segment.pattern}
     if read_length:
         return {w: cached_mask(positions, read_length, w) for w in windows}
-    if impl == "splash":
+    if impl in ("splash", "blocked"):
         return dict.fromkeys(windows)
     return {w: packed_mask(segment_ids, w) for w in windows}
 

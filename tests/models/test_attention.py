@@ -19,6 +19,8 @@ from pr2jax.models.attention import (
     resolve_impl,
     splash_attention,
 )
+from pr2jax.models.blocked_attention import _chunks as blocked_chunks
+from pr2jax.models.blocked_attention import blocked_attention
 from pr2jax.models.config import ModelConfig
 from pr2jax.models.layers import rope_tables
 from tests.models import oracle
@@ -103,7 +105,8 @@ def test_cache_writes_land_at_their_positions_only():
 
 def test_kernels_by_platform():
     cfg = dataclasses.replace(BASE, head_dim=128)
-    assert resolve_impl(cfg, "cpu", 256, jnp.float32) == "einsum"
+    assert resolve_impl(cfg, "cpu", 255, jnp.float32) == "einsum"
+    assert resolve_impl(cfg, "cpu", 256, jnp.float32) == "blocked"
     assert resolve_impl(cfg, "tpu", 256, jnp.float32) == "splash"
     assert resolve_impl(cfg, "tpu", 250, jnp.float32) == "einsum"
     assert resolve_impl(cfg, "gpu", 250, jnp.bfloat16) == "cudnn"
@@ -132,6 +135,34 @@ def test_splash_equals_einsum(window):
     expected = both(lambda q, k, v: einsum_attention(q, k, v, packed_mask(segments, window)))
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-4)
+
+
+@pytest.mark.parametrize("window", [0, 100])
+def test_blocked_equals_einsum(window):
+    """Chunks of unequal length, packed rows, padding, grouped heads: values and gradients."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, dy = (jax.random.normal(key, (2, 300, 4, 16)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (2, 300, 2, 16)) for key in keys[2:])
+    segments = jnp.asarray([np.repeat([1, 2, 0], [90, 170, 40]), np.ones(300, int)])
+
+    def both(fn):
+        def run(q, k, v):
+            out, pull = jax.vjp(fn, q, k, v)
+            return out, *pull(dy)
+
+        return jax.jit(run)(q, k, v)
+
+    got = both(lambda q, k, v: blocked_attention(q, k, v, segments, window))
+    expected = both(lambda q, k, v: einsum_attention(q, k, v, packed_mask(segments, window)))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_chunks_are_few_however_long_the_row():
+    for length in (1, 128, 300, 1024, 5000, 32768):
+        chunks = blocked_chunks(length)
+        assert len(chunks) <= 8
+        assert [i for a, b in chunks for i in range(a, b)] == list(range(length))
 
 
 @pytest.mark.parametrize("rows", [4, 3])
