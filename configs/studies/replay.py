@@ -3,8 +3,9 @@
   python -m pr2jax.main --config=configs/studies/replay.py --workdir=DIR
 
 starts it and goes on with it; TIME
-`:main` runs the main cells only, `:sweep` the settings of W_p and of lookahead, `:smoke` two cells
-of two batches. Read DIR/study.md and DIR/report.html; DIR/study.json holds every figure.
+`:main` runs the main cells only, `:r3,pr2` (any names) main cells by name, `:sweep` settings of
+W_p and of lookahead, `:smoke` two cells of two batches. Read DIR/study.md and DIR/report.html;
+DIR/study.json holds every figure.
 
 A small MoE (4 MoE layers of 16 experts, top-2, and a shared expert; d = 64) is warmed up by SFT on
 words of 3 to 5 letters and then learns to spell words of 4 and 5 letters backwards by GRPO, 64
@@ -14,7 +15,7 @@ cells of a seed start from the same weights. fp32; sampler and learner agree to 
 Cells: `off`; `r2`; `r3`; `pr2`; `lookahead`; `pr2+lookahead`; `frozen router` (live routes, router
 weights fixed). Features of the un-shifted old route are kept in all, so that each mini-step has
 the used route and the old one on the same tokens; the drift is probed (train/probe.py) in two
-consecutive batches of every ten.
+consecutive batches of every twelve.
 
 Hypotheses, written down before the run:
 
@@ -34,6 +35,7 @@ Hypotheses, written down before the run:
 8. A frozen router still flips, since h drifts: less than a live one.
 """
 
+import dataclasses
 import json
 
 from pr2jax.core.config import to_config_dict
@@ -54,16 +56,20 @@ from pr2jax.train.config import (
     VerifierConfig,
 )
 
+PREDICTOR = ("rl.optim.groups.predictor.lr_multiplier=1.0",)
 MODES = {
     "off": ("replay.mode=off",),
     "r2": ("replay.mode=r2",),
     "r3": ("replay.mode=r3",),
-    "pr2": ("replay.mode=pr2",),
     "lookahead": ("replay.mode=lookahead",),
-    "pr2+lookahead": ("replay.mode=pr2+lookahead",),
+    "pr2": ("replay.mode=pr2", *PREDICTOR),
+    "pr2+lookahead": ("replay.mode=pr2+lookahead", *PREDICTOR),
     "frozen router": ("replay.mode=off", "rl.optim.trainable=^(?!.*moe/router/).*$"),
 }
-MAIN = ("r3", "pr2", "lookahead", "pr2+lookahead")
+MAIN = ("r3", "lookahead", "pr2", "pr2+lookahead")
+# The sweep of W_p's learning rate: Adam's over the policy's 1e-4, and SGD's own.
+ALPHAS = (0.1, 0.3, 1.0, 3.0)
+RATES = (0.03, 0.1, 0.3)
 
 
 def _words(shortest: int, longest: int, size: int, seed: int) -> TaskConfig:
@@ -112,10 +118,8 @@ def _sweep_cells() -> list[CellConfig]:
     predictor = "rl.optim.groups.predictor"
     for b1 in (0.98, 0.9):
         group, common = _window(8, b1)
-        tried = {
-            f"pr2, Adam, alpha {a:g}": (f"{predictor}.lr_multiplier={a}",) for a in (0.3, 1, 3)
-        }
-        for rate in (0.1, 0.3):
+        tried = {f"pr2, Adam, alpha {a:g}": (f"{predictor}.lr_multiplier={a}",) for a in ALPHAS}
+        for rate in RATES:
             tried[f"pr2, SGD at {rate:g}"] = (
                 f"{predictor}.optimizer=sgd",
                 f"{predictor}.eps=null",
@@ -131,13 +135,19 @@ def _sweep_cells() -> list[CellConfig]:
 
 
 def get_config(arg: str = ""):
-    """`arg`: "" (all), "main", "sweep" or "smoke"."""
+    """`arg`: "" (all), "main", names of main cells, "sweep" or "smoke"."""
     smoke = arg == "smoke"
     cells = _sweep_cells() if arg == "sweep" else _study_cells()
-    if arg == "main":
-        cells = [cell for cell in cells if cell.priority == 0]
     if smoke:
-        cells = [CellConfig("r3", "smoke", MODES["r3"]), CellConfig("pr2", "smoke", MODES["pr2"])]
+        cells = [CellConfig(name, "smoke", MODES[name]) for name in ("r3", "pr2")]
+    elif arg not in ("", "sweep"):
+        names = MAIN if arg == "main" else arg.split(",")
+        if unknown := set(names) - set(MAIN):
+            raise ValueError(f"{sorted(unknown)} are none of the main cells {MAIN}")
+        cells = [cell for cell in cells if cell.priority == 0 and cell.name in names]
+        there = {(cell.group, cell.name) for cell in cells}
+        lone = lambda cell: (cell.group, cell.against) not in there
+        cells = [dataclasses.replace(c, against="") if lone(c) else c for c in cells]
     sampling = SamplingParams(max_tokens=7)
     cfg = Config(
         mode="study",
@@ -186,7 +196,7 @@ def get_config(arg: str = ""):
             ),
         ),
         replay=ReplayConfig(
-            mode="r3", feature_tokens=7, keep_features=True, probe_every=2 if smoke else 10
+            mode="r3", feature_tokens=7, keep_features=True, probe_every=2 if smoke else 12
         ),
         sampler=SamplerConfig(
             slots=64 if smoke else 512,
