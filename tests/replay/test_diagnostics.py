@@ -65,6 +65,32 @@ def test_flip_diagnostics():
     np.testing.assert_allclose(value(got["old_route_zero_deviation"]), kept, rtol=1e-6)
     paired = np.mean([all(used[:, b, c] == K) for b, c in zip(*np.nonzero(mask), strict=True)])
     np.testing.assert_allclose(value(got["paired_zero_deviation"]), paired, rtol=1e-6)
+    at = list(zip(*np.nonzero(mask), strict=True))
+    share = [
+        len(top(old[layer, b, c]) & top(now[layer, b, c])) / K for b, c in at for layer in range(L)
+    ]
+    np.testing.assert_allclose(value(got["old_route_agreement"]), np.mean(share), rtol=1e-6)
+    share = np.mean([used[:, b, c] / K for b, c in at])
+    np.testing.assert_allclose(value(got["paired_agreement"]), share, rtol=1e-6)
+
+
+def test_logits_kl():
+    rng = np.random.default_rng(4)
+    now, other = (rng.normal(size=(L, B, C, E)).astype(np.float32) for _ in range(2))
+    mask = rng.random((B, C)) < 0.6
+    other[:, ~mask] = np.nan  # outside the mask anything may stand
+    got = jax.jit(d.logits_kl)(now, other, mask)
+
+    def softmax(x):
+        x = np.exp(np.float64(x) - x.max())
+        return x / x.sum()
+
+    want = []
+    for b, c in zip(*np.nonzero(mask), strict=True):
+        pairs = [(softmax(now[layer, b, c]), softmax(other[layer, b, c])) for layer in range(L)]
+        want.append(sum(np.sum(p * np.log(p / q)) for p, q in pairs))
+    np.testing.assert_allclose(value(got), np.mean(want), rtol=1e-5)
+    assert got[1] == mask.sum()
 
 
 def test_shift_ratio():

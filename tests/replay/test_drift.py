@@ -67,9 +67,7 @@ def report():
     h, p_old, p_now, w = data()
     used = np.random.default_rng(3).integers(0, E, (L, B, C, K)).astype(np.int32)
     run = jax.jit(functools.partial(d.window_report, rule=rule))
-    found, fitted = run(
-        h, p_old, p_now, MASK, FIRST, used=used, shifts={"true": w, "wrong": -w}
-    )
+    found, fitted = run(h, p_old, p_now, MASK, FIRST, used=used, shifts={"true": w, "wrong": -w})
     return h, p_old, p_now, w, used, found, np.asarray(fitted)
 
 
@@ -155,7 +153,8 @@ def test_without_drift_nothing_is_explained():
         h, p_old, p_old, MASK, FIRST, rule, used=used, shifts={"zero": np.zeros((L, D, E))}
     )
     assert not np.any(fitted)
-    assert found["oracle_r2"][1] == 0 and found["zero_r2"][1] == 0
+    assert found["oracle_r2"][1] == 0
+    assert found["zero_r2"][1] == 0
     assert found["split_cosine"][1] == 0
     assert value(found["old_zero_deviation"]) == value(found["zero_zero_deviation"]) == 1.0
 

@@ -1,5 +1,7 @@
 """The mode algebra: who records, and from which logits."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -45,6 +47,8 @@ def test_plan(mode, recorder, predictor, lookahead, features):
         features,
     )
     assert got.shifted == (predictor or lookahead > 0)
+    kept = plan(ReplayConfig(mode=mode, kappa=3.0, feature_tokens=64, keep_features=True))
+    assert kept == dataclasses.replace(got, features=64)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +60,9 @@ def test_plan(mode, recorder, predictor, lookahead, features):
         ({"margin_min": 0.0}, "margin"),
         ({"depth_floor": 1.5}, "depth_floor"),
         ({"mode": "lookahead", "kappa": 0.0}, "kappa"),
+        ({"mode": "off", "feature_tokens": 0, "keep_features": True}, "feature_tokens"),
+        ({"mode": "r3", "feature_tokens": 0, "probe_every": 2}, "feature_tokens"),
+        ({"probe_every": -1}, "probe_every"),
     ],
 )
 def test_bad_settings_name_the_key(settings, key):
@@ -70,6 +77,8 @@ def test_models_that_cannot():
     check_model(ReplayConfig(mode="off"), dense)
     with pytest.raises(ConfigError, match="dense"):
         check_model(ReplayConfig(mode="r3"), dense)
+    with pytest.raises(ConfigError, match=r"replay.probe_every: the model is dense"):
+        check_model(ReplayConfig(mode="off", probe_every=2), dense)
     plain = ModelConfig(moe=MoEConfig(predictor=False))
     with pytest.raises(ConfigError, match="predictor"):
         check_model(ReplayConfig(mode="pr2"), plain)
