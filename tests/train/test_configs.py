@@ -62,7 +62,10 @@ def test_full_form_is_valid(name):
     assert cfg.model.moe is not None
 
 
-@pytest.mark.parametrize("name", [c for c in CONFIGS if c not in ("quickstart", "generate")])
+OTHERWISE = ("quickstart", "generate", "pretrain_text")  # have tests of their own
+
+
+@pytest.mark.parametrize("name", [c for c in CONFIGS if c not in OTHERWISE])
 def test_smoke(name, tmp_path):
     done = main(f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -71,6 +74,35 @@ def test_smoke(name, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["end"]["pass@1"]["low"] <= summary["end"]["pass@1"]["value"]
     assert summary["config"]["mode"] == name.replace("grpo", "rl")
+
+
+def test_pretraining_smoke_then_samples_from_its_folder_elsewhere(tmp_path):
+    done = main("--config=configs/pretrain_text.py:smoke", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert "documents" in done.stderr
+    assert [row["step"] for row in read_jsonl(tmp_path / "run")] == [1, 2]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    for figures in (summary["start"], summary["end"]):
+        assert figures["bits_per_byte"]["low"] < figures["bits_per_byte"]["high"]
+    assert summary["data"]["text"]["held_out"] >= 1
+    assert "held-out loss" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "prompts.txt").write_text("import os\n", encoding="utf-8")
+    done = main(
+        "--config=configs/generate.py:smoke",
+        f"--workdir={tmp_path / 'samples'}",
+        f"--config.init_from={tmp_path / 'moved'}",
+        f"--config.generate.prompts={tmp_path / 'prompts.txt'}",
+    )
+    assert done.returncode == 0, done.stderr
+    used = json.loads((tmp_path / "samples" / "config.json").read_text(encoding="utf-8"))
+    assert used["tokenizer"]["path"] == str(tmp_path / "moved" / "tokenizer" / "tokenizer.model")
+    assert (tmp_path / "samples" / "samples.jsonl").read_text(encoding="utf-8").count("tokens") == 2
+
+
+def test_sources_of_a_mixture_are_named_by_the_argument():
+    cfg = load("pretrain_text", "books,code")
+    assert list(cfg.pretrain.data) == ["books", "code"]
 
 
 @pytest.mark.slow
@@ -136,6 +168,7 @@ def test_generate_smoke(trained, tmp_path):
         ("--config.replay.mode=r9", "replay.mode"),
         ("--config.rl.mini_steps=5", "rl.mini_steps: 5 does not divide"),
         ("--config.init_from=/nowhere", "/nowhere"),
+        ("--config.tokenizer.vocab_size=99", "tokenizer.vocab_size: only for"),
     ],
 )
 def test_a_bad_setting_is_one_line_that_names_it(override, said, tmp_path):
