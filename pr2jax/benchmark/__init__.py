@@ -9,10 +9,10 @@
 
 Each side is a process of its own (`serve.py`), kept alive, and told when to work: ours, peer,
 ours, peer, ..., never two at once, so that a machine that slows down slows both. The peer runs in
-the environment of PR2JAX_REFERENCE_PYTHON (or --peer_python) in its best documented settings, which
-it finds by trying them. Both load one random Qwen3-MoE checkpoint, which the peer makes once; without
-a peer ours initialises that model itself. `--smoke` is a tiny model and tiny sizes; with it and
-on a busy machine (`--quiet_check`) figures mean nothing.
+the environment of PR2JAX_REFERENCE_PYTHON (or --peer_python) in its best documented settings,
+which it finds by trying them. Both load one random Qwen3-MoE checkpoint, which the peer makes
+once; without a peer ours initialises that model itself. `--smoke` is a tiny model and tiny sizes;
+its figures, and those of a busy machine (`--quiet_check`), mean nothing.
 
 `--json=FILE` writes what was measured. Keys of every command:
 
@@ -23,7 +23,8 @@ on a busy machine (`--quiet_check`) figures mean nothing.
 of train, decode, grpo, pr2 (`rows` are what was compared):
 
   rows[]       name; side "ours" or "peer"; dtype; settings; tries {setting: seconds} (peers);
-               seconds {median, min, max, all}, of one step; per_second {median, min, max} of `unit`;
+               seconds {median, min, max, all} of one step; per_second {median, min, max}, in
+               tokens (train), new tokens (decode) or steps;
                parts {NAME: {median, min, max, all}} in seconds (grpo: generate, update);
                compile_seconds (a peer's: its first step); peak_rss_bytes (in the rounds),
                prepare_peak_rss_bytes; flops (of a step; models/flops.py), flops_per_second;
@@ -32,8 +33,9 @@ of train, decode, grpo, pr2 (`rows` are what was compared):
   ratios[]     row, to (the row it is held against), {median, min, max, all} over rounds of
                seconds(to) / seconds(row): above 1 says that `row` is faster
   check        train with a peer: {row, peer, losses, peer_losses, first_difference}
-               pr2: {features {rows, places, bytes, index_bytes, predicted_bytes},
-               predictor_work {r3, pr2: {calls, instructions}}, r3_free_of_predictor}
+               pr2: {cost {mini_step, step} (seconds of pr2 over r3's), features {rows, places,
+               bytes, index_bytes, predicted_bytes}, predictor_work {r3, pr2: {calls,
+               instructions}}, r3_free_of_predictor}
 
 of divergence: `programs[]` {program, dtype, rows, diverged, tokens, rate} (sampler/divergence.py).
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pr2jax.benchmark import table
 from pr2jax.benchmark.compare import (
     Entry,
@@ -245,7 +243,7 @@ def pr2(options: Options) -> tuple[dict[str, Any], str]:
         answers = work.measure()
         seconds = [round_seconds(a) for a in answers]
         names = [e.side.name for e in work.entries]
-        # Turned round: what pr2 costs is r3's speed over it.
+        # So that above 1 is what pr2 costs: seconds(pr2) / seconds(r3).
         ratios = [ratio(names[i], names[i + 1], seconds[i], seconds[i + 1]) for i in (0, 2)]
         report = _report(work, answers, 1, ratios)
         ready = [e.ready for e in work.entries[:2]]
@@ -253,15 +251,18 @@ def pr2(options: Options) -> tuple[dict[str, Any], str]:
         "features": ready[1]["features"],
         "predictor_work": {"r3": ready[0]["predictor_work"], "pr2": ready[1]["predictor_work"]},
     }
+    check["cost"] = {k: r["median"] for k, r in zip(("mini_step", "step"), ratios, strict=True)}
     check["r3_free_of_predictor"] = not any(check["predictor_work"]["r3"].values())
     report["check"] = check
     _check_pr2(check)
     f = check["features"]
+    costs = [f"{r['median']:.3f} ({r['min']:.3f} to {r['max']:.3f})" for r in ratios]
     text = [
         f"PR2 over R3: {s.prompts} x {s.samples} rows of {s.prompt} + {s.completion} tokens a "
         "mini-step, and steps of 4 mini-steps with their sampling",
         table.compared(report, "steps"),
         table.peaks_line(report["rows"]),
+        f"step time over r3's: mini-steps 2 and later {costs[0]}, whole steps {costs[1]}",
         f"features: {f['bytes']:,} bytes held; L x rows x T_c x (2 D + 4 E) = "
         f"{f['predicted_bytes']:,} (T_c = {f['places']}); positions and masks {f['index_bytes']:,}",
         "r3's compiled program: "

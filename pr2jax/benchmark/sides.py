@@ -38,7 +38,8 @@ class Side:
     def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str]):
         """Raises BenchmarkError where the interpreter cannot be started."""
         self.name = name
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        # Open for as long as the side is.
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._buffer = b""
         try:
             self._process = subprocess.Popen(

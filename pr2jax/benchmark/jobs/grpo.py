@@ -21,7 +21,7 @@ from pr2jax.rl.types import PREDICTOR_GROUP, RLConfig, predictor_group
 from pr2jax.sampler.types import SamplingParams
 from pr2jax.tasks.base import Problem, TaskConfig
 from pr2jax.tasks.registry import build_task
-from pr2jax.train.config import Config, LoopConfig, VerifierConfig
+from pr2jax.train.config import Config, EvalConfig, LoopConfig, VerifierConfig
 from pr2jax.train.rl import RLTrainer
 from pr2jax.train.session import Session, open_session
 
@@ -30,6 +30,7 @@ def run_config(bench: Bench, mini_steps: int) -> Config:
     """The run whose steps are timed; every group is learned from, as TRL does."""
     sizes, params = bench.sizes, bench.params
     prompts = sizes.prompts * mini_steps
+    sampling = SamplingParams(max_tokens=sizes.completion)
     return Config(
         mode="rl",
         compute_dtype=bench.dtype.name,
@@ -44,7 +45,7 @@ def run_config(bench: Bench, mini_steps: int) -> Config:
             mini_steps=mini_steps,
             micro_batch=sizes.prompts * sizes.samples,
             filter_zero_variance=False,
-            sampling=SamplingParams(max_tokens=sizes.completion),
+            sampling=sampling,
             optim=OptimConfig(
                 learning_rate=params["learning_rate"],
                 clip_norm=params["clip_norm"],
@@ -54,6 +55,7 @@ def run_config(bench: Bench, mini_steps: int) -> Config:
         rl_task=TaskConfig(),
         replay=ReplayConfig(mode=bench.mode, feature_tokens=sizes.feature_tokens),
         sampler=bench.sampler(prompts * sizes.samples, sizes.completion),
+        eval=EvalConfig(sampling=sampling),
         verifier=VerifierConfig(workers=1),
         loop=LoopConfig(tensorboard=False),
     )
@@ -93,7 +95,8 @@ def serve(channel: Channel, params: dict[str, Any]) -> None:
     mini_steps = params["mini_steps"]
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_session(run_config(bench, mini_steps), folder) as session,
+        # One device, as in the other workloads: parallelism is not what is compared.
+        open_session(run_config(bench, mini_steps), folder, jax.devices()[:1]) as session,
     ):
         trainer = trainer_of(bench, session)
         state = trainer.initial_state(session.initial_params())

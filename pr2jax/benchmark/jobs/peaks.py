@@ -60,7 +60,7 @@ def serve(channel: Channel, params: dict[str, Any]) -> None:
             rates[key] = flops / best(lambda: fn(x, y))  # noqa: B023
         taken = []
         for _ in range(params["repeats"]):
-            seconds, block = timed(lambda: add(block))
+            seconds, block = timed(lambda: add(block))  # noqa: B023
             taken.append(seconds)
         rates["memory"] = 2 * params["copy_bytes"] / min(taken)
         return {"rates": rates}

@@ -4,6 +4,7 @@ Settings: generation by transformers (no vLLM on CPU), no reference model (beta 
 checkpointing (it saves memory that is there), fused AdamW; the faster experts' implementation.
 """
 
+import contextlib
 import logging
 import tempfile
 import time
@@ -135,7 +136,5 @@ def serve(channel, params):
             callbacks=[paced],
         )
         paced.wrap(trainer)
-        try:
+        with contextlib.suppress(EOFError):  # no more rounds are wanted
             trainer.train()
-        except EOFError:
-            pass  # no more rounds are wanted
