@@ -175,95 +175,85 @@ def _show(found: Mapping[str, Any] | None, signed: bool = False, digits: int = 3
     return text
 
 
+# Columns: (title, figure, whether it is a difference and so signed, mean or versus).
+_Columns = Sequence[tuple[str, str, bool, str]]
+_AT_LAST: _Columns = (
+    ("used route", "last/paired_zero_deviation", False, "mean"),
+    ("old route", "last/old_route_zero_deviation", False, "mean"),
+    ("used - old", "last/zero_deviation_gain", True, "mean"),
+    ("agreement, used - old", "last/agreement_gain", True, "mean"),
+    ("KL of old logits", "last/old_logits_kl", False, "mean"),
+    ("KL won by the shift", "last/kl_gain", True, "mean"),
+    ("std of log ratio", "last/log_ratio_std", False, "mean"),
+)
+_LEARNING: _Columns = (
+    ("reward", "reward", False, "mean"),
+    ("reward, last fifth", "reward_end", False, "mean"),
+    ("against the reference", "reward_end", True, "versus"),
+    ("std of log ratio, window", "window/log_ratio_std", False, "mean"),
+    ("against the reference", "window/log_ratio_std", True, "versus"),
+    ("KL of old logits, window", "window/old_logits_kl", False, "mean"),
+)
+_AT = "probe/last/"
+_FORETOLD: _Columns = (
+    ("drift / logits", f"{_AT}size", False, "mean"),
+    ("oracle R2", f"{_AT}oracle_r2", False, "mean"),
+    ("router's own R2", f"{_AT}router_r2", False, "mean"),
+    ("momentum R2", f"{_AT}momentum_r2", False, "mean"),
+    ("used shift R2", f"{_AT}used_shift_r2", False, "mean"),
+    ("window before, R2", f"{_AT}previous_r2", False, "mean"),
+    ("cosine to the window before", f"{_AT}cosine", False, "mean"),
+    ("cosine of halves", f"{_AT}split_cosine", False, "mean"),
+    ("cosine of momentum and dW_r", f"{_AT}momentum_cosine", False, "mean"),
+)
+_PROBED: _Columns = tuple(
+    (kind.replace("_", " "), f"{_AT}{kind}_zero_deviation", False, "mean")
+    for kind in ("old", "used", "oracle", "router", "momentum", "used_shift", "previous")
+)
+
+
+def _mini_steps(cells: Mapping[str, Mapping[str, Any]]) -> int:
+    """The most mini-steps that a cell has figures of."""
+    found = (_MINI.fullmatch(key) for cell in cells.values() for key in cell["mean"])
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+def _rows(cells: Mapping[str, Mapping[str, Any]], columns: _Columns) -> list[list[str]]:
+    """A line for each cell that has any of the figures."""
+    rows = []
+    for name, cell in cells.items():
+        shown = [_show(cell[where].get(key), signed) for _, key, signed, where in columns]
+        if any(shown):
+            rows.append([name, str(len(cell["runs"])), *shown])
+    return rows
+
+
 def tables(cells: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(caption, header, rows) of one group of cells; a cell without a run is left out."""
-    cells = {name: cell for name, cell in cells.items() if cell["mean"]}
-    last = max(
-        (int(m[1]) for c in cells.values() for k in c["mean"] if (m := _MINI.fullmatch(k))),
-        default=0,
-    )
-    minis = [f"mini_{i}" for i in range(1, last + 1)]
-    steps = ["", "seeds", *(str(i) for i in range(1, last + 1)), "whole window"]
+    count = _mini_steps(cells)
 
-    def by_mini(key: str, signed: bool = False, where: str = "mean") -> list[list[str]]:
-        places = [*minis, "window"]
-        rows = []
-        for name, cell in cells.items():
-            shown = [_show(cell[where].get(f"{p}/{key}"), signed) for p in places]
-            if any(shown):
-                rows.append([name, str(len(cell["runs"])), *shown])
-        return rows
+    def by_mini(key: str, signed: bool = False, where: str = "mean") -> _Columns:
+        places = [(str(i), f"mini_{i}/{key}") for i in range(1, count + 1)]
+        places.append(("whole window", f"window/{key}"))
+        return [(title, figure, signed, where) for title, figure in places]
 
-    def chosen(columns: Mapping[str, tuple[str, bool, str]]) -> list[list[str]]:
-        rows = []
-        for name, cell in cells.items():
-            shown = [_show(cell[w].get(key), signed, 3) for key, signed, w in columns.values()]
-            if any(shown):
-                rows.append([name, str(len(cell["runs"])), *shown])
-        return rows
-
-    last_step = {
-        "used route": ("last/paired_zero_deviation", False, "mean"),
-        "old route": ("last/old_route_zero_deviation", False, "mean"),
-        "used - old": ("last/zero_deviation_gain", True, "mean"),
-        "agreement, used - old": ("last/agreement_gain", True, "mean"),
-        "KL of old logits": ("last/old_logits_kl", False, "mean"),
-        "KL won by the shift": ("last/kl_gain", True, "mean"),
-        "std of log ratio": ("last/log_ratio_std", False, "mean"),
+    wanted = {
+        "Zero deviation of the used route, response tokens, by mini-step (where routes are live: "
+        "of the route that was logged)": by_mini("zero_deviation"),
+        "Used minus un-shifted old route, zero deviation on the same tokens, by mini-step": by_mini(
+            "zero_deviation_gain", True
+        ),
+        "Agreement of the used route, by mini-step": by_mini("agreement"),
+        "Zero deviation minus that of the reference cell, paired by seed": by_mini(
+            "zero_deviation", True, "versus"
+        ),
+        "At the last mini-step": _AT_LAST,
+        "Learning": _LEARNING,
+        "Probes: what foretells the drift that the last mini-step meets": _FORETOLD,
+        "Probes: zero deviation of the routes that each would choose, last mini-step": _PROBED,
     }
-    rewards = {
-        "reward": ("reward", False, "mean"),
-        "reward, last fifth": ("reward_end", False, "mean"),
-        "against its reference": ("reward_end", True, "versus"),
-        "std of log ratio, window": ("window/log_ratio_std", False, "mean"),
-        "against its reference ": ("window/log_ratio_std", True, "versus"),
-        "mean KL of old logits": ("window/old_logits_kl", False, "mean"),
-    }
-    at = "probe/last/"
-    why = {
-        "drift / logits": (f"{at}size", False, "mean"),
-        "oracle R2": (f"{at}oracle_r2", False, "mean"),
-        "router's own R2": (f"{at}router_r2", False, "mean"),
-        "momentum R2": (f"{at}momentum_r2", False, "mean"),
-        "used shift R2": (f"{at}used_shift_r2", False, "mean"),
-        "window before, R2": (f"{at}previous_r2", False, "mean"),
-        "cosine to the window before": (f"{at}cosine", False, "mean"),
-        "cosine of halves": (f"{at}split_cosine", False, "mean"),
-        "cosine of momentum and dW_r": (f"{at}momentum_cosine", False, "mean"),
-    }
-    kinds = ("old", "used", "oracle", "router", "momentum", "used_shift", "previous")
-    routes = {k.replace("_", " "): (f"{at}{k}_zero_deviation", False, "mean") for k in kinds}
-    head = lambda columns: ["", "seeds", *(name.strip() for name in columns)]
-    return [
-        (
-            "Zero deviation of the used route against the live one, response tokens, by mini-step",
-            steps,
-            by_mini("zero_deviation"),
-        ),
-        (
-            "Used minus un-shifted old route, zero deviation, same tokens, by mini-step",
-            steps,
-            by_mini("zero_deviation_gain", True),
-        ),
-        (
-            "Agreement of the used route, by mini-step",
-            steps,
-            by_mini("agreement"),
-        ),
-        (
-            "Zero deviation minus that of the reference cell, paired by seed",
-            steps,
-            by_mini("zero_deviation", True, "versus"),
-        ),
-        ("At the last mini-step", head(last_step), chosen(last_step)),
-        ("Learning", head(rewards), chosen(rewards)),
-        ("Probes: what foretells the drift that the last mini-step meets", head(why), chosen(why)),
-        (
-            "Probes: zero deviation of routes chosen by each, before the last mini-step",
-            head(routes),
-            chosen(routes),
-        ),
-    ]
+    head = lambda columns: ["", "seeds", *(title for title, *_ in columns)]
+    return [(caption, head(columns), _rows(cells, columns)) for caption, columns in wanted.items()]
 
 
 def markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -275,10 +265,7 @@ def markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -
 
 def _by_mini_figure(cells: Mapping[str, Any], key: str, title: str) -> str:
     """A curve over mini-steps for each cell, with its interval."""
-    count = max(
-        (int(m[1]) for c in cells.values() for k in c["mean"] if (m := _MINI.fullmatch(k))),
-        default=0,
-    )
+    count = _mini_steps(cells)
     rows = [{"mini-step": float(i)} for i in range(1, count + 1)]
     for name, cell in cells.items():
         for i, row in enumerate(rows, start=1):
@@ -301,45 +288,58 @@ def _reward_figure(cells: Mapping[str, Any]) -> str:
     return curve(rows, named, title="reward", x="batch", smooth=0.9, size=(5.6, 3.6))
 
 
+def _group_section(group: str, cells: Mapping[str, Any], root: Path) -> tuple[Section, str]:
+    """A group's part of the page and of study.md; its pictures are written to figures/."""
+    title = group or "Cells"
+    shown = [table for table in tables(cells) if table[2]]
+    pictures = {
+        "zero_deviation": (
+            _by_mini_figure(cells, "zero_deviation", "zero deviation"),
+            "Share of response tokens whose used experts are the live ones in all layers.",
+        ),
+        "gain": (
+            _by_mini_figure(cells, "zero_deviation_gain", "used - old, zero deviation"),
+            "What the shift of the selection won (or lost), on the same tokens.",
+        ),
+        "reward": (_reward_figure(cells), "Mean over seeds, smoothed."),
+    }
+    (root / "figures").mkdir(exist_ok=True)
+    for name, (svg, _) in pictures.items():
+        path = root / "figures" / f"{re.sub(r'[^a-z0-9.]+', '_', title.lower())}_{name}.svg"
+        path.write_text(svg, encoding="utf-8")
+    blocks = [page.table(head, rows, caption) for caption, head, rows in shown]
+    text = "\n".join([f"## {title}\n", *(markdown(*table) for table in shown)])
+    return Section(title, [page.figures(list(pictures.values())), *blocks]), text
+
+
 def write(cfg: Config, root: Path, jobs: Sequence[Job], failed: Sequence[str]) -> None:
     """study.json, study.md, report.html and figures/*.svg of all runs that are done."""
     found = collect(cfg, jobs) | {"failed": list(failed)}
-    state = f"{found['done']} of {found['total']} runs are done; {len(failed)} failed."
     found["settings"] = {
         "steps": cfg.rl.steps,
         "steady_from": cfg.study.steady_from,
         "learning_rate": cfg.rl.optim.learning_rate,
     }
     write_json(root / "study.json", found)
-    text, sections = [f"# Study\n\n{state}\n"], []
-    if failed:
-        text.append("Failed: " + "; ".join(failed) + "\n")
-    (root / "figures").mkdir(exist_ok=True)
+    notes = [
+        f"{found['done']} of {found['total']} runs are done; {len(failed)} failed. Means over the "
+        f"rollout batches after the first {cfg.study.steady_from} of {cfg.rl.steps}; intervals: "
+        "95%, Student's t over seeds.",
+        *(["Failed: " + "; ".join(failed)] if failed else []),
+    ]
+    text, sections = ["# Study\n", *(f"{note}\n" for note in notes)], []
     for group, cells in found["groups"].items():
-        cells = {name: cell for name, cell in cells.items() if cell["mean"]}
-        if not cells:
-            continue
-        shown = [t for t in tables(cells) if t[2]]
-        text += [f"## {group or 'Cells'}\n", *(markdown(*t) for t in shown)]
-        pictures = {
-            "zero_deviation": _by_mini_figure(cells, "zero_deviation", "zero deviation"),
-            "gain": _by_mini_figure(cells, "zero_deviation_gain", "used - old, zero deviation"),
-            "reward": _reward_figure(cells),
-        }
-        for name, svg in pictures.items():
-            path = root / "figures" / f"{re.sub(r'[^a-z0-9.]+', '_', group.lower())}_{name}.svg"
-            path.write_text(svg, encoding="utf-8")
-        captions = [
-            "Share of response tokens whose used experts are the live ones in all layers.",
-            "What the shift of the selection won (or lost), on the same tokens.",
-            "Mean over seeds, smoothed.",
-        ]
-        figures = page.figures(list(zip(pictures.values(), captions, strict=True)))
-        blocks = [figures, *(page.table(head, rows, caption) for caption, head, rows in shown)]
-        sections.append(Section(group or "Cells", blocks))
-    note = [state, "Intervals: 95%, Student's t over seeds."]
-    note += ["Failed: " + "; ".join(failed)] if failed else []
-    config = page.settings(found["settings"], "Settings")
-    sections.insert(0, Section("The study", [*note, config]))
+        there = {name: cell for name, cell in cells.items() if cell["mean"]}
+        if there:
+            section, part = _group_section(group, there, root)
+            sections.append(section)
+            text.append(part)
+    overrides = {
+        f"{group} {name}": " ".join(cell["overrides"])
+        for group, cells in found["groups"].items()
+        for name, cell in cells.items()
+    }
+    settings = [page.settings(found["settings"], "Settings"), page.settings(overrides, "Cells")]
+    sections.insert(0, Section("The study", [*notes, *settings]))
     (root / "study.md").write_text("\n".join(text), encoding="utf-8")
-    page.write_report(root / "report.html", "Study", sections, subtitle=str(root.name))
+    page.write_report(root / "report.html", "Study", sections, subtitle=root.name)
