@@ -129,7 +129,7 @@ def _blocks_backward(x, weights: ExpertWeights, plan: Dispatch, block, gs, us, g
         start = b * block
         rows = lambda a, width: lax.dynamic_slice(a, (start, 0), (block, width))
         take = lambda w: lax.dynamic_index_in_dim(w, e, keepdims=False)
-        xb, g, u, dyb = rows(xs, d), rows(dgs, f), rows(dus, f), rows(dys, d)
+        xb, g, u, dyb = rows(xs, d), rows(gs, f), rows(us, f), rows(dys, d)
         gate = lax.dynamic_slice(gate_slot, (start,), (block,))
         h, pull = jax.vjp(_silu_mul, g, u)
         dh = dyb @ take(weights.down).T
@@ -149,8 +149,9 @@ def _blocks_backward(x, weights: ExpertWeights, plan: Dispatch, block, gs, us, g
     init = (
         jnp.zeros((slots, d), x.dtype),
         jnp.zeros((slots,), jnp.float32),
-        gs,  # a block's pre-activations make room for their own gradients
-        us,
+        # Not in the place of gs and us: the loop would copy both, whole, at every trip.
+        jnp.zeros((slots, f), x.dtype),
+        jnp.zeros((slots, f), x.dtype),
         jnp.zeros((slots * d,), x.dtype),
         jnp.zeros((slots * f,), x.dtype),
     )
