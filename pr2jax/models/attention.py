@@ -18,7 +18,6 @@ from pr2jax.models.cache import Cache
 from pr2jax.models.config import ModelConfig
 from pr2jax.models.layers import apply_rope, linear, rms_norm
 
-
 # Tokens a row from which attention on a CPU goes by chunks.
 BLOCKED_FROM = 256
 
