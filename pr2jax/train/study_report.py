@@ -166,6 +166,7 @@ def _mean_curve(curves: list[list[float]]) -> list[float]:
 
 
 def _show(found: Mapping[str, Any] | None, signed: bool = False, digits: int = 3) -> str:
+    """Mean and interval of a figure, where there is one."""
     if not found:
         return ""
     sign = "+" if signed else ""
@@ -222,7 +223,10 @@ def _rows(cells: Mapping[str, Mapping[str, Any]], columns: _Columns) -> list[lis
     """A line for each cell that has any of the figures."""
     rows = []
     for name, cell in cells.items():
-        shown = [_show(cell[where].get(key), signed) for _, key, signed, where in columns]
+        shown = [
+            _show(cell[where].get(key), signed, 5 if "kl" in key else 3)
+            for _, key, signed, where in columns
+        ]
         if any(shown):
             rows.append([name, str(len(cell["runs"])), *shown])
     return rows
