@@ -4,10 +4,15 @@ import copy
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -299,3 +304,35 @@ def test_a_mesh_gives_the_same_step(session, folder, tmp_path):
         (_, x), (_, y) = trainer.step(a, 0), whole.step(b, 0)
         for key in ("loss", "grad_norm", "tokens", "load_balance"):
             assert float(x[key][0]) == pytest.approx(float(y[key][0]), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_hosts_read_apart_and_train_as_one(session, folder, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.train.two_hosts", str(i), str(port), folder, tmp_path],
+            cwd=Path(__file__).resolve().parents[2],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        found = [json.loads(host.communicate(timeout=600)[0].splitlines()[-1]) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    whole = _trainer(session).full(session.initial_params())
+    for host in found:
+        assert host["losses"] == found[0]["losses"]
+        assert host["again"] == host["ledger"][2:]
+        for key, value in host["figures"].items():
+            assert value == pytest.approx(whole[key].mean, rel=1e-5)
+    first = [{i.partition(":")[0] for step in h["ledger"] for i in step} for h in found]
+    assert first[0]
+    assert not first[0] & first[1]
