@@ -6,6 +6,9 @@
       --config.rl_task.question_regex= --config.rl_task.size=-1
 
 The last two lines put rows of the Guru schema in the place of reasoning-gym's sums.
+The argument names a member of the family, whose settings of `rl` are then its paper's:
+`:grpo`, `:dr_grpo`, `:dapo`, `:gspo`, `:cispo`, `:rloo`; as in `:gspo,smoke`. Without one it is
+GRPO with DAPO's clip and token mean.
 Replay modes: off, r2, r3, pr2, lookahead, pr2+lookahead. Model and tokenizer are those of
 `init_from` (a run's folder, or an imported one); without it the model below starts at random.
 What to expect: in the quickstart, whose RL this is, reward rose from .36 to .6 in 40 batches; a
@@ -14,7 +17,7 @@ start that solves nothing gives no signal. `:smoke` takes two steps from random 
 
 import json
 
-from pr2jax.core.config import to_config_dict
+from pr2jax.core.config import ConfigError, to_config_dict
 from pr2jax.core.optim import OptimConfig
 from pr2jax.data.tokenizer import TokenizerConfig
 from pr2jax.models.config import ModelConfig, MoEConfig
@@ -25,10 +28,39 @@ from pr2jax.tasks.base import TaskConfig
 from pr2jax.train.config import Config, EvalConfig
 
 
+def family(tokens: int) -> dict[str, dict]:
+    """Settings of `rl` by name, for responses of at most `tokens`."""
+    return {
+        # DeepSeekMath, arXiv 2402.03300, Sec. 4.2.
+        "grpo": {"clip_high": 0.2, "aggregation": "sequence_mean", "kl_coef": 0.04},
+        # arXiv 2503.20783: no division by the group's std, nor by a response's length.
+        "dr_grpo": {"advantage": "dr_grpo", "clip_high": 0.2, "aggregation": "fixed"},
+        # arXiv 2503.14476; its buffer is a fifth of the longest response.
+        "dapo": {"dynamic_sampling": True, "overlong_buffer": max(tokens // 5, 1)},
+        # arXiv 2507.18071, Sec. 5.1.
+        "gspo": {
+            "ratio": "sequence",
+            "aggregation": "sequence_mean",
+            "clip_low": 3e-4,
+            "clip_high": 4e-4,
+        },
+        # arXiv 2506.13585: no lower bound; the paper gives no number for the upper one.
+        "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0},
+        # arXiv 2402.14740: a response is one action, so its tokens are summed.
+        "rloo": {"advantage": "rloo", "clip_high": 0.2, "aggregation": "fixed"},
+    }
+
+
 def get_config(arg: str = ""):
-    """`arg`: "" or "smoke"."""
-    smoke = arg == "smoke"
+    """`arg`: "smoke", the name of a `family` member, both with a comma between, or neither."""
+    words = [word for word in arg.split(",") if word]
+    smoke = "smoke" in words
     tokens = 8 if smoke else 16
+    known = family(tokens)
+    names = [word for word in words if word != "smoke"]
+    if len(names) > 1 or not set(names) <= known.keys():
+        raise ConfigError(f"--config: {arg!r} is not one of {', '.join(known)}, and smoke")
+    member = known[names[0]] if names else {}
     sampling = SamplingParams(max_tokens=tokens)
     cfg = Config(
         mode="rl",
@@ -58,6 +90,7 @@ def get_config(arg: str = ""):
                 b2=0.98,
                 groups={PREDICTOR_GROUP: predictor_group(10.0)},
             ),
+            **member,
         ),
         replay=ReplayConfig(mode="pr2", feature_tokens=tokens),
         sampler=SamplerConfig(

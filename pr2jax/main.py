@@ -47,9 +47,16 @@ def run(config, workdir: str, profile_steps: int = 0) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with an unknown configuration key told as ours are."""
+    """absl's parser, with an unknown configuration key or argument told as ours are."""
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        # What a config file raises arrives as the text of its traceback.
+        told = re.search(r"^\s*pr2jax\S*(ConfigError: .*)$", str(error), re.MULTILINE)
+        if not told:
+            return app.parse_flags_with_usage(argv)
+        print(f"[pr2jax] {told[1]}", file=sys.stderr)
+        sys.exit(EXIT_BAD_CONFIG)
     except (AttributeError, KeyError) as error:
         found = re.search(r"'(\w+)'", str(error).replace("\\", ""))
         near = re.search(r'Did you mean "(\w+)"', str(error))
