@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 _ORPHAN_S = 30.0
+_COUNTS = ("updates", "items", "skipped", "twice", "replayed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _saved(workdir: Path) -> int:
 
 
 def judge(whole: Path, trial: Trial) -> dict[str, Any]:
-    """A trial's row: kills, differences, items skipped and twice, replayed batches."""
+    """A trial's row: kills, differences, and the counts of its ledger and its last checkpoint."""
     from pr2jax.train import audit  # imports JAX and its friends
 
     differences, counts = audit.compare_files(whole, trial.workdir), collections.Counter()
@@ -240,6 +241,7 @@ def judge(whole: Path, trial: Trial) -> dict[str, Any]:
         differences += [name + line for line in audit.compare_stage(stage, own)]
         if (own / "ledger.jsonl").exists():
             counts.update(audit.account(trial.workdir, own, stage))
+        counts["updates"] += audit.updates(own)
         found = audit.rows(own / "metrics.jsonl")
         counts["replayed"] += sum(int(row.get("journal/replayed", 0)) for row in found)
     return {
@@ -247,7 +249,7 @@ def judge(whole: Path, trial: Trial) -> dict[str, Any]:
         "kills": [dataclasses.asdict(k) for k in trial.kills],
         "orphans": sum(k.orphans for k in trial.kills),
         "differences": differences,
-        **{key: counts[key] for key in ("items", "skipped", "twice", "replayed")},
+        **{key: counts[key] for key in _COUNTS},
     }
 
 
@@ -259,12 +261,12 @@ def passed(row: dict[str, Any]) -> bool:
 def _table(rows: list[dict[str, Any]], say) -> None:
     amid = collections.Counter(k["amid"] for row in rows for k in row["kills"])
     say("kills by what they hit: " + ", ".join(f"{n} {k}" for k, n in amid.most_common()))
-    heads = ("workdir", "kills", "state and files", "items", "skipped", "twice", "replayed")
+    heads = ("workdir", "kills", "state and files", *_COUNTS)
     say(" | ".join(f"{head:>15}" for head in heads))
     for row in rows:
         equal = "equal" if not row["differences"] else f"{len(row['differences'])} differ"
         values = (row["workdir"], len(row["kills"]), equal)
-        values += tuple(row[k] for k in ("items", "skipped", "twice", "replayed"))
+        values += tuple(row[k] for k in _COUNTS)
         say(" | ".join(f"{value!s:>15}" for value in values))
         for line in row["differences"][:10]:
             say(f"  {line}")

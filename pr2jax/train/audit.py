@@ -59,6 +59,12 @@ def compare_stage(whole: Path, killed: Path) -> list[str]:
     return found + [f"{name} was left behind" for name in left]
 
 
+def updates(stage: Path) -> int:
+    """Optimizer steps that a stage's last checkpoint has behind it."""
+    _, arrays = read_arrays(stage / "checkpoints")
+    return int(arrays["step"])
+
+
 def compare_files(whole: Path, killed: Path) -> list[str]:
     """What differs between the evaluations and reports of two runs."""
     found = []
