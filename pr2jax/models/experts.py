@@ -114,6 +114,16 @@ def _blocks_forward(x, weights: ExpertWeights, plan: Dispatch, block: int):
     return lax.fori_loop(0, plan.num_blocks, body, init)
 
 
+def _turned(w: Array) -> Array:
+    """Every expert's matrix transposed, all of it in one dimension.
+
+    Of a two-dimensional transpose the compiler makes a product with another axis contracted
+    again; and those are slow on XLA:CPU (twice for the second factor's last axis in bfloat16, and
+    a product that contracts the first one's first axis is made in float32).
+    """
+    return w.swapaxes(-1, -2).reshape(-1)
+
+
 def _blocks_backward(x, weights: ExpertWeights, plan: Dispatch, block, gs, us, gates, dy):
     """Gradients of x, weights and gates; dy [N, D] in fp32."""
     d, f = weights.gate.shape[1:]
@@ -121,27 +131,27 @@ def _blocks_backward(x, weights: ExpertWeights, plan: Dispatch, block, gs, us, g
     slots = xs.shape[0]
     gate_slot = gates.reshape(-1)[plan.assignment] * plan.valid
     dys = (dy[plan.token] * plan.valid[:, None]).astype(x.dtype)
+    into = _turned(jnp.concatenate([weights.gate, weights.up], axis=2))  # experts of [2F, D]
+    down = _turned(weights.down)  # experts of [D, F]
     put = lambda buf, v, start: lax.dynamic_update_slice(buf, v, (start,) + (0,) * (v.ndim - 1))
 
     def body(b, carry):
-        dxs, dgates, dgs, dus, xt, ht = carry
+        dxs, dgates, dgus, xt, ht = carry
         e = plan.block_expert[b]
         start = b * block
         rows = lambda a, width: lax.dynamic_slice(a, (start, 0), (block, width))
-        take = lambda w: lax.dynamic_index_in_dim(w, e, keepdims=False)
+        take = lambda w, n, m: lax.dynamic_slice(w, (e * n * m,), (n * m,)).reshape(n, m)
         xb, g, u, dyb = rows(xs, d), rows(gs, f), rows(us, f), rows(dys, d)
         gate = lax.dynamic_slice(gate_slot, (start,), (block,))
         h, pull = jax.vjp(_silu_mul, g, u)
-        dh = dyb @ take(weights.down).T
+        dh = dyb @ take(down, d, f)
         dgate = jnp.sum((dh * h).astype(jnp.float32), axis=1)
         scale = gate[:, None].astype(x.dtype)
-        dg, du = pull(dh * scale)
-        dxb = dg @ take(weights.gate).T + du @ take(weights.up).T
+        dgu = jnp.concatenate(pull(dh * scale), axis=1)
         return (
-            put(dxs, dxb, start),
+            put(dxs, dgu @ take(into, 2 * f, d), start),
             put(dgates, dgate, start),
-            put(dgs, dg, start),
-            put(dus, du, start),
+            put(dgus, dgu, start),
             put(xt, xb.T.reshape(-1), start * d),
             put(ht, (h * scale).T.reshape(-1), start * f),
         )
@@ -150,27 +160,24 @@ def _blocks_backward(x, weights: ExpertWeights, plan: Dispatch, block, gs, us, g
         jnp.zeros((slots, d), x.dtype),
         jnp.zeros((slots,), jnp.float32),
         # Not in the place of gs and us: the loop would copy both, whole, at every trip.
-        jnp.zeros((slots, f), x.dtype),
-        jnp.zeros((slots, f), x.dtype),
+        jnp.zeros((slots, 2 * f), x.dtype),
         jnp.zeros((slots * d,), x.dtype),
         jnp.zeros((slots * f,), x.dtype),
     )
-    dxs, dgates, dgs, dus, xt, ht = lax.fori_loop(0, plan.num_blocks, body, init)
-    dw = _weight_gradients(weights, plan, block, xt, ht, dgs, dus, dys)
+    dxs, dgates, dgus, xt, ht = lax.fori_loop(0, plan.num_blocks, body, init)
+    dw = _weight_gradients(weights, plan, block, xt, ht, dgus, dys)
     dx = jnp.sum(dxs[plan.slot].astype(jnp.float32), axis=1).astype(x.dtype)
     return dx, dw, dgates[plan.slot]
 
 
-def _weight_gradients(weights: ExpertWeights, plan: Dispatch, block, xt, ht, dgs, dus, dys):
-    """Sums over each expert's blocks of x^T dg, x^T du and (gate h)^T dy, accumulated in fp32.
+def _weight_gradients(weights: ExpertWeights, plan: Dispatch, block, xt, ht, dgus, dys):
+    """Sums over each expert's blocks of x^T [dg du] and (gate h)^T dy, accumulated in fp32.
 
-    `xt` and `ht` hold every block transposed, row by row, in one dimension: a product that
-    contracts the first axis of a matrix is slow on XLA:CPU (in bfloat16 it is not one of
-    bfloat16 at all), and of a two-dimensional transpose the compiler makes just that again.
+    `xt` and `ht` hold every block transposed, row by row, in one dimension (see `_turned`).
     """
-    d, f = weights.gate.shape[1:]
+    experts, d, f = weights.gate.shape
 
-    def body(b, dw):
+    def body(b, carry):
         e = plan.block_expert[b]
         rows = lambda a: lax.dynamic_slice(a, (b * block, 0), (block, a.shape[1]))
         turned = lambda a, n: lax.dynamic_slice(a, (b * block * n,), (block * n,)).reshape(n, block)
@@ -178,16 +185,16 @@ def _weight_gradients(weights: ExpertWeights, plan: Dispatch, block, xt, ht, dgs
         add = lambda buf, v: lax.dynamic_update_index_in_dim(
             buf, lax.dynamic_index_in_dim(buf, e, keepdims=False) + v, e, 0
         )
-        xb, hb = turned(xt, d), turned(ht, f)
-        return ExpertWeights(
-            add(dw.gate, dot(xb, rows(dgs))),
-            add(dw.up, dot(xb, rows(dus))),
-            add(dw.down, dot(hb, rows(dys))),
-        )
+        into, down = carry
+        return add(into, dot(turned(xt, d), rows(dgus))), add(down, dot(turned(ht, f), rows(dys)))
 
-    zeros = ExpertWeights(*(jnp.zeros(w.shape, jnp.float32) for w in weights))
-    dw = lax.fori_loop(0, plan.num_blocks, body, zeros)
-    return ExpertWeights(*(g.astype(w.dtype) for g, w in zip(dw, weights, strict=True)))
+    zeros = jnp.zeros((experts, d, 2 * f), jnp.float32), jnp.zeros((experts, f, d), jnp.float32)
+    into, down = lax.fori_loop(0, plan.num_blocks, body, zeros)
+    return ExpertWeights(
+        into[..., :f].astype(weights.gate.dtype),
+        into[..., f:].astype(weights.up.dtype),
+        down.astype(weights.down.dtype),
+    )
 
 
 def _combine(ys, plan: Dispatch, gates):

@@ -75,6 +75,14 @@ def log_distribution(logits: Float[Array, "B V"], draw: Draw) -> Float[Array, "B
     return jax.nn.log_softmax(scaled, axis=-1)
 
 
+def _argmax(scores: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The lowest index of the maximum; as two plain reductions, several times faster on CPU."""
+    vocab = scores.shape[-1]
+    best = scores == jnp.max(scores, axis=-1, keepdims=True)
+    index = jnp.min(jnp.where(best, jnp.arange(vocab, dtype=jnp.int32), vocab), axis=-1)
+    return jnp.minimum(index, vocab - 1)  # NaN equals nothing: still a token id
+
+
 def sample(
     logits: Float[Array, "B V"],
     draw: Draw,
@@ -96,5 +104,5 @@ def sample(
             row_keys, positions
         )
         scores = logp + noise
-    token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    token = _argmax(scores)
     return token, jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
