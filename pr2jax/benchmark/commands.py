@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,9 +78,14 @@ class Bench:
             if options.command != "peaks":
                 self.folder = checkpoint(self.python, model_json(options.smoke), options.cache)
 
-    def _ask(self, side: Side, message: dict[str, Any]) -> dict[str, Any]:
+    def _prepare(self, side: Side, message: dict[str, Any]) -> dict[str, Any]:
+        """The side's answer once it is ready; says on stderr how long that took."""
         self._stack.enter_context(side)
-        return side.ask(message)
+        start = time.monotonic()
+        ready = side.ask(message)
+        seconds = time.monotonic() - start
+        print(f"[pr2jax] {side.name}: ready after {seconds:.0f} s", file=sys.stderr, flush=True)
+        return ready
 
     def shared(self) -> dict[str, Any]:
         """What both sides are told."""
@@ -99,7 +106,7 @@ class Bench:
             "compilation_cache": options.compilation_cache,
         }
         side = our_side(name.format(dtype=message["dtype"]), job)
-        ready = self._ask(side, message | params)
+        ready = self._prepare(side, message | params)
         side.name = name.format(dtype=ready["dtype"])
         self.entries.append(Entry(side, "ours", ready["dtype"], ready))
         return self.entries[-1]
@@ -110,9 +117,13 @@ class Bench:
             return
         auto = self.options.dtype != "float32"
         for dtype in ("float32", "bfloat16") if auto else ("float32",):
-            side = peer_side(f"{self.options.peer} {dtype}", self.python, job)
-            ready = self._ask(side, self.shared() | {"dtype": dtype} | params)
-            self.entries.append(Entry(side, "peer", dtype, ready))
+            self.peer(f"{self.options.peer} {dtype}", job, dtype=dtype, **params)
+
+    def peer(self, name: str, job: str, dtype: str = "", **params) -> None:
+        """Starts the peer and adds it."""
+        side = peer_side(name, self.python, job)
+        ready = self._prepare(side, self.shared() | {"dtype": dtype} | params)
+        self.entries.append(Entry(side, "peer", dtype, ready))
 
     def measure(self) -> list[list[dict[str, Any]]]:
         """The rounds; then, with --profile, one more of each of ours, traced."""
@@ -319,9 +330,7 @@ def peaks(options: Options) -> tuple[dict[str, Any], str]:
     with bench(options) as work:
         work.ours("peaks", "jax", **params)
         if work.python:
-            side = peer_side("torch", work.python, "torch_peaks")
-            work._ask(side, work.shared() | params)
-            work.entries.append(Entry(side, "peer", "", {}))
+            work.peer("torch", "torch_peaks", **params)
         answers = interleave([e.side for e in work.entries], 3)
         versions = work.entries[0].ready["versions"]
     names = [e.side.name for e in work.entries]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -167,14 +166,6 @@ def checkpoint(python: Path, model: Mapping[str, Any], folder: Path) -> Path:
     if not target.is_dir():
         raise BenchmarkError(f"{target}: the random checkpoint could not be put there")
     return target
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """What one side answered: when it was ready, and to each round."""
-
-    ready: dict[str, Any]
-    rounds: list[dict[str, Any]]
 
 
 def interleave(sides: Sequence[Side], rounds: int) -> list[list[dict[str, Any]]]:
