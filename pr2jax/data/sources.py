@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 
@@ -193,7 +193,11 @@ class TextFile:
                 return _decode(file.read(), self.path)
             start, stop = self._spans[index]
             file.seek(start)
-            return _decode(file.read(stop - start), self.where(index))
+            data = file.read(stop - start)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return _decode(data, self.where(index))  # which reads the file to count lines
 
     def where(self, index: int) -> str:
         if self._spans is None:
@@ -225,25 +229,23 @@ class JsonLinesFile:
     """A JSON object a line (.gz: compressed); empty lines are no documents."""
 
     def __init__(self, path: str, field: str):
-        self.path, self.field = path, field
+        self.path, self.field, self._unpacked = path, field, None
         if path.endswith(".gz"):
             # Unlinked at once: it is gone when the process ends, however it ends.
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the source)
+            self._unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the source)
             try:
                 with gzip.open(path, "rb") as packed:
-                    shutil.copyfileobj(packed, self._file)
+                    shutil.copyfileobj(packed, self._unpacked)
             except (OSError, EOFError) as error:
                 raise DataError(f"{path}: not a gzip file ({error})") from None
-            self._file.flush()
-        else:
-            self._file = open(path, "rb")  # noqa: SIM115 (open as long as the source)
+            self._unpacked.flush()
         spans, lines, at = [], [], 0
-        self._file.seek(0)
-        for number, line in enumerate(self._file, start=1):
-            if line.strip():
-                spans.append((at, len(line)))
-                lines.append(number)
-            at += len(line)
+        with self._open() as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    spans.append((at, len(line)))
+                    lines.append(number)
+                at += len(line)
         self._spans = np.array(spans, np.int64).reshape(-1, 2)
         self._lines = np.array(lines, np.int64)
 
@@ -252,9 +254,19 @@ class JsonLinesFile:
 
     def __getitem__(self, index: int) -> str:
         start, size = (int(n) for n in self._spans[index])
-        # pread: threads share the file without sharing a position in it.
-        data = os.pread(self._file.fileno(), size, start)
+        if self._unpacked is None:
+            with self._open() as file:
+                file.seek(start)
+                data = file.read(size)
+        else:  # pread: threads share the file without sharing a position in it
+            data = os.pread(self._unpacked.fileno(), size, start)
         return _json_text(data, self.field, self.where(index))
+
+    def _open(self) -> BinaryIO:
+        if self._unpacked is None:
+            return open(self.path, "rb")
+        self._unpacked.seek(0)  # the copy shares its position
+        return open(os.dup(self._unpacked.fileno()), "rb")
 
     def where(self, index: int) -> str:
         return f"{self.path}:{self._lines[index]}"

@@ -230,7 +230,9 @@ def _like_checkpoint(cfg: Config) -> Config:
     if not _is_imported(source):
         folder = checkpoint_folder(source)
         tokenizer = _travelled(_saved(folder)[1], folder)
-    elif tokenizer == TokenizerConfig() and (Path(source) / "tokenizer.json").is_file():
+    elif (tokenizer == TokenizerConfig() or tokenizer.untrained) and (
+        Path(source) / "tokenizer.json"
+    ).is_file():
         tokenizer = TokenizerConfig(kind="hf", path=source)
     if cfg.upcycle.experts:
         try:

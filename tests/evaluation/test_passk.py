@@ -86,3 +86,20 @@ def test_paired_interval_is_of_the_differences():
     assert (got.low, got.high) == (pytest.approx(0.1), pytest.approx(0.1))
     with pytest.raises(ValueError, match="not the same problems"):
         passk.paired_interval(before, after[:-1])
+
+
+def test_ratio_interval():
+    rng = np.random.default_rng(0)
+    n, d = rng.normal(5.0, 1.0, 200), rng.uniform(1.0, 3.0, 200)
+    found = passk.ratio_interval(n, d)
+    assert found.mean == pytest.approx(n.sum() / d.sum())
+    # Against resampled ratios, drawn here.
+    draws = rng.integers(0, 200, (4000, 200))
+    low, high = np.quantile(n[draws].sum(1) / d[draws].sum(1), [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=0.1 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.1 * (high - low))
+    same = passk.ratio_interval(n, np.full(200, 2.0))
+    plain = passk.bootstrap_interval(n / 2.0)
+    assert (same.low, same.high) == pytest.approx((plain.low, plain.high))
+    with pytest.raises(ValueError, match="denominators"):
+        passk.ratio_interval(n, 0 * d)

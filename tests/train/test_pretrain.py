@@ -211,7 +211,9 @@ def test_resumed_equals_never_stopped(session, whole, stop_at, tmp_path):
 
 def test_no_token_is_skipped_and_none_comes_twice(session, whole):
     """The ledger, read as text: pieces of a document meet end to end, each once an epoch."""
-    _, ledger, _ = whole
+    _, ledger, workdir = whole
+    written = (workdir / "ledger.jsonl").read_text().splitlines()
+    assert [json.loads(line)["items"] for line in written] == [ledger[i] for i in range(STEPS)]
     spans = {}
     for index in range(STEPS):
         for item in ledger[index]:
