@@ -40,12 +40,13 @@ def test_the_replay_study_holds_what_was_planned(tmp_path):
         if job.cell is not None:
             count.setdefault(job.cell.group, {}).setdefault(job.cell.name, []).append(job.seed)
     modes = {"off", "r2", "r3", "pr2", "lookahead", "pr2+lookahead", "frozen router"}
+    main = {"r3", "pr2", "lookahead", "pr2+lookahead"}
     assert len(count) == 6
-    assert all(set(cells) == modes for cells in count.values())
     for group, cells in count.items():
+        deep = group.startswith("off-8")
+        assert set(cells) == (modes | {"pr2 by Adam"} if deep else modes)
         for name, seeds in cells.items():
-            main = group.startswith("off-8") and name in {"r3", "pr2", "lookahead", "pr2+lookahead"}
-            assert len(seeds) == (5 if main else 2)
+            assert len(seeds) == (5 if deep and name in main else 3 if deep else 2)
     by_name = {(j.cell.group, j.cell.name, j.seed): j.config for j in jobs if j.cell}
     one = by_name["off-4, beta1 0.9", "pr2+lookahead", 1]
     assert one["rl"]["mini_steps"] == 4
