@@ -36,6 +36,7 @@ setup(
         "pyarrow",
         "reasoning-gym",
         "safetensors",
+        "scipy",
         "sentencepiece",
         "tensorboardX",
         "tensorstore",
@@ -44,6 +45,6 @@ setup(
     extras_require={
         "tpu": [JAX.format(extra="[tpu]")],
         "cuda": [JAX.format(extra="[cuda12]")],
-        "test": ["pytest", "pytest-xdist", "ruff", "scipy"],
+        "test": ["pytest", "pytest-xdist", "ruff"],
     },
 )
