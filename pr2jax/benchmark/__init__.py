@@ -26,8 +26,9 @@ of train, decode, grpo, pr2 (`rows` are what was compared):
                seconds {median, min, max, all} of one step; per_second {median, min, max}, in
                tokens (train), new tokens (decode) or steps;
                parts {NAME: {median, min, max, all}} in seconds (grpo: generate, update);
-               compile_seconds (a peer's: its first step); peak_rss_bytes (in the rounds),
-               prepare_peak_rss_bytes; flops (of a step; models/flops.py), flops_per_second;
+               compile_seconds (a peer's: its first step, and loading before it);
+               peak_rss_bytes (in the rounds), prepare_peak_rss_bytes (before them);
+               flops (of a step; models/flops.py), flops_per_second;
                peak_flops (a 2048-cubed product in that side's library and precision),
                share_of_peak; versions
   ratios[]     row, to (the row it is held against), {median, min, max, all} over rounds of
