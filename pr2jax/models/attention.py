@@ -80,13 +80,23 @@ def einsum_attention(
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H d"]:
     """softmax(q k / sqrt(d)) v by plain products, softmax in fp32; the oracle of the kernels."""
+    return cached_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+
+
+def cached_attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B G S d"],
+    v: Float[Array, "B G S d"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T H d"]:
+    """The same on keys and values as the cache holds them, heads first."""
     batch, length, heads, dim = q.shape
-    groups = k.shape[2]
+    groups = k.shape[1]
     q = q.reshape(batch, length, groups, heads // groups, dim)
-    logits = jnp.einsum("btghd,bsgd->bghts", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("btghd,bgsd->bghts", q, k, preferred_element_type=jnp.float32)
     logits = jnp.where(mask[:, None, None], logits * dim**-0.5, -1e30)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bghts,bsgd->btghd", weights, v).reshape(batch, length, heads, dim)
+    return jnp.einsum("bghts,bgsd->btghd", weights, v).reshape(batch, length, heads, dim)
 
 
 def splash_attention(
@@ -203,8 +213,8 @@ def attention(
             k=cache_lib.write(cache.k, layer, positions, k),
             v=cache_lib.write(cache.v, layer, positions, v),
         )
-        read = lambda buf: lax.dynamic_index_in_dim(buf, layer, keepdims=False)[:, :read_length]
-        out = einsum_attention(
+        read = lambda buf: lax.dynamic_index_in_dim(buf, layer, keepdims=False)[:, :, :read_length]
+        out = cached_attention(
             q, read(cache.k).astype(x.dtype), read(cache.v).astype(x.dtype), mask
         )
     elif impl == "splash":

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pr2jax.core.params import ParamSpec, fan_in, normal, ones
+from pr2jax.core.params import ParamSpec, fan_in, map_with_path, normal, ones
 from pr2jax.core.sharding import batch_sharding, batch_shards
 from pr2jax.models.attention import (
     attention,
@@ -202,6 +202,19 @@ def _rematerialise(fn, mode: str):
 
 def _repeats(stacked: dict, reps: int) -> tuple[dict, ...]:
     return tuple(jax.tree.map(lambda a: a[r], stacked) for r in range(reps))  # noqa: B023
+
+
+def product_params(params: dict, cfg: ModelConfig, dtype) -> dict:
+    """The parameters with the weights of products in `dtype`, as `forward` would cast them.
+
+    For a policy that stands still over many forwards (a rollout): each would cast them again, in
+    a decode step at more cost than the products. Routers, predictors, norms, the embedding and
+    the head stay as they are.
+    """
+    kept = ("router", "predictor", "norm", "selection_bias")
+    cast = lambda path, leaf: leaf if any(k in path for k in kept) else leaf.astype(dtype)
+    names = [_segment_name(i) for i in range(len(segments(cfg)))]
+    return params | {name: map_with_path(cast, params[name]) for name in names}
 
 
 def unstack_layers(params: dict, cfg: ModelConfig) -> dict:

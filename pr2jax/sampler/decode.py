@@ -54,7 +54,7 @@ class Slots:
 class Prefix:
     """P prefilled prompts of at most Q tokens: what their requests start from."""
 
-    cache: Cache  # [N, P, Q, H, d]
+    cache: Cache  # [N, P, H, Q, d]
     routes: Int[Array, "L P Q K"] | None
     logits: Float[Array, "P V"]  # after the last prompt token
     tokens: Int[Array, "P Q"]
@@ -85,8 +85,8 @@ def constrain(tree, mesh: Mesh | None, rows: int):
         if leaf.shape[axis] != rows:
             return leaf
         sharding = batch_sharding(mesh, leaf.ndim, axis)
-        if leaf.ndim == 5 and leaf.shape[3] % mesh.shape["tensor"] == 0:  # cache: its kv heads too
-            dims = (*sharding.spec, *(None,) * 5)[:3]
+        if leaf.ndim == 5 and leaf.shape[2] % mesh.shape["tensor"] == 0:  # cache: its kv heads too
+            dims = (*sharding.spec, *(None,) * 5)[:2]
             sharding = NamedSharding(mesh, PartitionSpec(*dims, "tensor"))
         return lax.with_sharding_constraint(leaf, sharding)
 
@@ -192,12 +192,16 @@ def fan_out(
     def put(buffer, value):
         return buffer.at[at].set(value.astype(buffer.dtype), mode="drop")
 
-    def head(buffer, value):
-        return buffer.at[:, at, :width].set(value[:, src].astype(buffer.dtype), mode="drop")
+    def head(buffer, value, lead=()):
+        where = (slice(None), at, *lead, slice(0, width))
+        return buffer.at[where].set(value[:, src].astype(buffer.dtype), mode="drop")
+
+    def keys_and_values(buffer, value):
+        return head(buffer, value, (slice(None),))
 
     tokens = state.tokens.at[at, :width].set(prefix.tokens[src], mode="drop")
     state = state.replace(
-        cache=Cache(k=head(state.cache.k, prefix.cache.k), v=head(state.cache.v, prefix.cache.v)),
+        cache=jax.tree.map(keys_and_values, state.cache, prefix.cache),
         tokens=tokens.at[at, lengths].set(token, mode="drop"),
         logprobs=state.logprobs.at[at, lengths].set(logp, mode="drop"),
         routes=None if state.routes is None else head(state.routes, prefix.routes),

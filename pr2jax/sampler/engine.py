@@ -242,6 +242,7 @@ class Sampler:
             Request(row, ids[row], distinct[prompts[row // n]], base_keys[row // n])
             for row in range(len(prompts) * n)
         ]
+        params = self.programs.prepare(params)
         run = Run(self.programs, params, sampling, list(distinct), requests, shift)
         # The state is donated: should a program be interrupted, the next call starts a new one.
         state, self._state = self._state, None

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from pr2jax.models.config import ModelConfig
 from pr2jax.models.predictor import RouterFeatures
+from pr2jax.models.transformer import product_params
 from pr2jax.sampler import decode
 from pr2jax.sampler.sampling import Draw
 from pr2jax.sampler.types import SamplerConfig
@@ -70,6 +71,8 @@ class Programs:
             donate_argnums=(1, 2),
         )
         self._read_out = jax.jit(decode.read_out)
+        self._cast = jax.jit(partial(product_params, cfg=cfg, dtype=dtype))
+        self._dtype = dtype
 
     def bound(self) -> int:
         """Most programs for one kind of draw, one size of features, with or without a shift."""
@@ -95,6 +98,14 @@ class Programs:
         kinds = {"greedy": draw.greedy, "truncated": draw.truncate}
         told = " ".join(name for name, on in kinds.items() if on)
         return {"draw": told or "plain", "stop ids": len(draw.stop_ids)}
+
+    def prepare(self, params):
+        """What `prefill` and `decode` take for `params`: weights of products cast once."""
+        same = all(leaf.dtype == self._dtype for leaf in jax.tree.leaves(params))
+        if same:
+            return params
+        self._count("cast")
+        return self._cast(params)
 
     def init_features(self, rows: int, capacity: int) -> RouterFeatures | None:
         """Empty features of `rows` responses, or None for no capacity."""

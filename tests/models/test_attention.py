@@ -90,16 +90,13 @@ def test_cache_writes_land_at_their_positions_only():
     cfg = dataclasses.replace(BASE, num_layers=3)
     cache = cache_lib.init_cache(cfg, 2, 6)
     assert cache.length == 6
-    assert cache.k.shape == (3, 2, 6, 2, 6)
+    assert cache.k.shape == (3, 2, 2, 6, 6)
     values = np.random.default_rng(0).normal(size=(2, 2, 2, 6)).astype(np.float32)
     positions = np.array([[1, 2], [5, 6]])  # the last lies outside and is dropped
     out = np.asarray(cache_lib.write(cache.k, 1, jnp.asarray(positions), values))
-    expected = np.zeros((3, 2, 6, 2, 6), np.float32)
-    expected[1, 0, 1], expected[1, 0, 2], expected[1, 1, 5] = (
-        values[0, 0],
-        values[0, 1],
-        values[1, 0],
-    )
+    expected = np.zeros((3, 2, 2, 6, 6), np.float32)
+    for row, position, value in ((0, 1, values[0, 0]), (0, 2, values[0, 1]), (1, 5, values[1, 0])):
+        expected[1, row, :, position] = value
     np.testing.assert_array_equal(out, expected)
 
 

@@ -251,7 +251,7 @@ def test_data_parallel_slots(world, oracle):
     rollout, features = sampler.rollout(world.prompts, 3, PLAIN, key=KEY, feature_tokens=4)
     np.testing.assert_allclose(rollout.behavior_logprobs, oracle(rollout), atol=1e-4)
     cache = sampler._state.cache.k
-    assert {s.data.shape for s in cache.addressable_shards} == {(3, 2, 28, 2, 8)}
+    assert {s.data.shape for s in cache.addressable_shards} == {(3, 2, 2, 28, 8)}
     assert np.asarray(features.mask).all()
     odd = SamplerConfig(slots=6, max_prompt=16, max_tokens=12)
     with pytest.raises(ValueError, match="slots: 6"):
