@@ -4,13 +4,13 @@ The two gradients come from two calls of `jax.grad` that share no path: the poli
 the router logits as an auxiliary output, and the predictor's loss sees them as constants. So the
 predictor cannot move the policy, nor the policy the predictor, by construction.
 
-Metrics of a step, unreduced (value, weight); see `replay.diagnostics` for those of replay:
-`loss`, `policy_loss`, `reference_kl`, `entropy`, `ratio_mean|_max|_min`, `ratio_ess`,
-`log_ratio_square`, `clip_low`, `clip_high`, `old/*` (theta_old against now) and `behavior/*`
-(sampler against now; at mini-step 1 the rollout/training mismatch), `load_balance`, `router_z`,
-`predictor_loss`, `old_logits_kl` and `shifted_logits_kl` (the same KL of un-shifted and of shifted
-logits), `shift_ratio`, `tokens`, `skipped`, and the optimizer's `learning_rate`, `grad_norm*`,
-`update_norm`.
+Metrics of a step, unreduced (value, weight); see `replay.diagnostics` for those of replay and
+`rl.objective` for those of ratios, clips and corrections: `loss`; `policy_loss`, `reference_kl` and
+`entropy` (means by the aggregation's weights); `ratio_ess`; `old/*` (theta_old against now) and
+`behavior/*` (sampler against now; at mini-step 1 the rollout/training mismatch); `load_balance`,
+`router_z`, `predictor_loss`, `old_logits_kl` and `shifted_logits_kl` (the same KL of un-shifted
+and of shifted logits), `shift_ratio`, `tokens`, `skipped`, and the optimizer's `learning_rate`,
+`grad_norm*`, `update_norm`.
 """
 
 from __future__ import annotations
