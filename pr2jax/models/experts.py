@@ -93,16 +93,19 @@ def _blocks_forward(x, weights: ExpertWeights, plan: Dispatch, block: int):
     d, f = weights.gate.shape[1:]
     xs = x[plan.token]
     slots = xs.shape[0]
+    # Of few rows: XLA:CPU spends more on packing a bfloat16 matrix than the product would take.
+    wide = (lambda a: a.astype(jnp.float32)) if block < 32 else (lambda a: a)
 
     def body(b, carry):
         ys, gs, us = carry
         e = plan.block_expert[b]
         start = b * block
         rows = lax.dynamic_slice(xs, (start, 0), (block, d))
-        take = lambda w: lax.dynamic_index_in_dim(w, e, keepdims=False)
-        g = rows @ take(weights.gate)
-        u = rows @ take(weights.up)
-        y = _silu_mul(g, u) @ take(weights.down)
+        take = lambda w: wide(lax.dynamic_index_in_dim(w, e, keepdims=False))
+        product = lambda a, w: (wide(a) @ take(w)).astype(x.dtype)
+        g = product(rows, weights.gate)
+        u = product(rows, weights.up)
+        y = product(_silu_mul(g, u), weights.down)
         put = lambda buf, v: lax.dynamic_update_slice(buf, v, (start, 0))
         return put(ys, y), put(gs, g), put(us, u)
 
