@@ -45,9 +45,14 @@ class Dispatch(NamedTuple):
 
 
 def choose_block_size(num_assignments: int, num_experts: int) -> int:
-    """Rows a block: about half of an expert's mean load, a power of two between 8 and 256."""
-    mean = max(1, num_assignments // (2 * num_experts))
-    return int(min(256, max(8, 2 ** round(np.log2(mean)))))
+    """Rows a block, a power of two between 8 and 256, by an expert's mean load m.
+
+    About m / 2, so that little of the last block is empty; but 2m for loads of a decode step (to
+    32), where a second block of an expert costs another reading of its weights.
+    """
+    mean = max(1, num_assignments / num_experts)
+    rows = max(mean / 2, min(2 * mean, 32))
+    return int(min(256, max(8, 2 ** round(np.log2(rows)))))
 
 
 def plan_dispatch(ids: Int[Array, "N K"], num_experts: int, block: int) -> Dispatch:
