@@ -114,28 +114,30 @@ def upcycle(
     Raises ConfigError as `upcycled_config`.
     """
     wide = upcycled_config(cfg, options)
-    layers = {}
-    for i, segment in enumerate(segments(cfg)):
-        for j in range(len(segment.pattern)):
-            block = params[f"segment_{i}"][f"block_{j}"]
-            for r in range(segment.repeats):
-                number = segment.first_layer + r * len(segment.pattern) + j
-                layers[number] = jax.tree.map(lambda a: a[r], block)  # noqa: B023
+    layers = _in_depth_order(params, cfg)
+    make = jax.vmap(lambda layer, n: _sparse(layer, options, rng.named(key, "layer", n), predictor))
     out = {name: params[name] for name in params if not name.startswith("segment_")}
     for i, segment in enumerate(segments(wide)):
-        blocks = {}
+        step, blocks = len(segment.pattern), {}
         for j, spec in enumerate(segment.pattern):
-            step = len(segment.pattern)
-            numbers = [segment.first_layer + r * step + j for r in range(segment.repeats)]
-            chosen = [layers[n] for n in numbers]
+            first = segment.first_layer + j
+            numbers = slice(first, first + step * (segment.repeats - 1) + 1, step)
+            block = jax.tree.map(lambda a: a[numbers], layers)  # noqa: B023
             if spec.moe:
-                chosen = [
-                    _sparse(layers[n], options, rng.named(key, "layer", n), predictor)
-                    for n in numbers
-                ]
-            blocks[f"block_{j}"] = jax.tree.map(lambda *a: jnp.stack(a), *chosen)
+                block = make(block, jnp.arange(cfg.num_layers)[numbers])
+            blocks[f"block_{j}"] = block
         out[f"segment_{i}"] = blocks
     return out
+
+
+def _in_depth_order(params: Tree, cfg: ModelConfig) -> Tree:
+    """The layers of a dense model, stacked: all alike but for their windows."""
+    parts = []
+    for i, segment in enumerate(segments(cfg)):
+        blocks = [params[f"segment_{i}"][f"block_{j}"] for j in range(len(segment.pattern))]
+        interleave = lambda *a: jnp.stack(a, axis=1).reshape(-1, *a[0].shape[1:])
+        parts.append(jax.tree.map(interleave, *blocks))
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
 
 def _sparse(layer: Tree, options: UpcycleConfig, key: Key[Array, ""], predictor: bool) -> Tree:

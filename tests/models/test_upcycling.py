@@ -21,6 +21,7 @@ from pr2jax.models.upcycling import UpcycleConfig, upcycle, upcycled_config
 from tests.models.checkpoints import LLAMA, QWEN, QWEN_DENSE, change, random_params
 
 ROWS, LENGTH = 2, 24
+SLOW = ("one_of_many", "all", "three_slices_every_third")
 DENSE = dataclasses.replace(LLAMA, num_layers=3, tie_embeddings=True, dense_dim=48)
 CASES = {
     "copies": (DENSE, UpcycleConfig(experts=4, top_k=2)),
@@ -36,6 +37,9 @@ CASES = {
         UpcycleConfig(experts=5, top_k=3, granularity=3, every=3),
     ),
 }
+
+
+NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES]
 
 
 def tokens_of(cfg, seed=0):
@@ -59,7 +63,7 @@ def both(name):
     return cfg, params, upcycled_config(cfg, options), make(params, key=rng.root(3))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_function_stays(name):
     options = CASES[name][1]
     cfg, params, wide, sparse = both(name)
@@ -94,7 +98,7 @@ def test_any_copies_will_do(name):
         assert np.abs(run(sparse, wide, inputs, halves)[0] - want).max() > 0.1
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_tree_is_that_of_the_sparse_model(name):
     cfg, _, wide, sparse = both(name)
     specs = traverse_util.flatten_dict(param_specs(wide), sep="/")
