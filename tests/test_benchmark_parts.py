@@ -117,14 +117,24 @@ def test_losses_must_agree():
 
 def test_rows_and_ratios_by_hand():
     answers = [
-        {"seconds": [1.0, 3.0], "parts": {"update": [0.5, 1.0]}, "peak_rss_bytes": 7},
-        {"seconds": [2.0, 2.0], "parts": {"update": [0.5, 0.7]}, "peak_rss_bytes": 9},
+        {
+            "seconds": [1.0, 3.0],
+            "parts": {"update": [0.5, 1.0]},
+            "peak_rss_bytes": 7,
+            "peak_flops": 200.0,
+        },
+        {
+            "seconds": [2.0, 2.0],
+            "parts": {"update": [0.5, 0.7]},
+            "peak_rss_bytes": 9,
+            "peak_flops": 50.0,
+        },
     ]
     found = row(entry("x", "ours", []), answers, units=10, flops=40.0)
     assert found["seconds"] == {"median": 2.0, "min": 1.0, "max": 3.0, "all": [1.0, 3.0, 2.0, 2.0]}
     assert found["per_second"] == {"median": 5.0, "min": 10 / 3, "max": 10.0}
     assert found["parts"]["update"]["median"] == 0.6
-    assert (found["peak_rss_bytes"], found["share_of_peak"]) == (9, 0.2)
+    assert (found["peak_rss_bytes"], found["share_of_peak"]) == (9, 0.1)
 
 
 def test_ratios_pair_rounds():

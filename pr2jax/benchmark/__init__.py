@@ -29,7 +29,7 @@ of train, decode, grpo, pr2 (`rows` are what was compared):
                compile_seconds (a peer's: its first step, and loading before it);
                peak_rss_bytes (in the rounds), prepare_peak_rss_bytes (before them);
                flops (of a step; models/flops.py), flops_per_second;
-               peak_flops (a 2048-cubed product in that side's library and precision),
+               peak_flops (best 2048-cubed product in that side's library and precision),
                share_of_peak; versions
   ratios[]     row, to (the row it is held against), {median, min, max, all} over rounds of
                seconds(to) / seconds(row): above 1 says that `row` is faster

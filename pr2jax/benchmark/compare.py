@@ -41,6 +41,8 @@ def row(entry: Entry, answers: Sequence[dict[str, Any]], units: float, flops: fl
     names = dict.fromkeys(name for answer in answers for name in answer.get("parts", {}))
     parts = {n: spread([s for answer in answers for s in answer["parts"][n]]) for n in names}
     rate = flops / seconds["median"]
+    # The best there was: on a busy machine a single try tells of the others.
+    peak = max(answer["peak_flops"] for answer in (ready, *answers))
     return {
         "name": entry.side.name,
         "side": entry.kind,
@@ -59,8 +61,8 @@ def row(entry: Entry, answers: Sequence[dict[str, Any]], units: float, flops: fl
         "prepare_peak_rss_bytes": ready["peak_rss_bytes"],
         "flops": flops,
         "flops_per_second": rate,
-        "peak_flops": ready["peak_flops"],
-        "share_of_peak": rate / ready["peak_flops"],
+        "peak_flops": peak,
+        "share_of_peak": rate / peak,
         "versions": ready["versions"],
     }
 

@@ -60,7 +60,7 @@ def fastest(candidates, prepare, run, tries=2):
     return best, {str(candidate): value for candidate, value in seconds.items()}
 
 
-def matmul_peak(dtype, size=2048, repeats=5):
+def matmul_peak(dtype, size=2048, repeats=3):
     """FLOP/s of a square matrix product."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     a @ b

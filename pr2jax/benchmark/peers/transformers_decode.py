@@ -55,7 +55,7 @@ def serve(channel, params):
 
     def measure(message):
         seconds = [timed(generate)[0] for _ in range(params["steps"])]
-        return {"seconds": seconds}
+        return {"seconds": seconds, "peak_flops": matmul_peak(DTYPES[params["dtype"]])}
 
     ready = {
         "settings": settings,

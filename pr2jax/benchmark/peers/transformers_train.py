@@ -71,7 +71,7 @@ def serve(channel, params):
 
     def measure(message):
         seconds = [timed(trainer.step)[0] for _ in range(params["steps"])]
-        return {"seconds": seconds}
+        return {"seconds": seconds, "peak_flops": matmul_peak(DTYPES[params["dtype"]])}
 
     ready = {
         "losses": losses,

@@ -71,6 +71,7 @@ class Paced(TrainerCallback):
                     "generate": [g for _, g in self.told],
                     "update": [s - g for s, g in self.told],
                 },
+                "peak_flops": matmul_peak(DTYPES[self.params["dtype"]]),
             }
             self.told = []
             self.channel.reply(answer)
