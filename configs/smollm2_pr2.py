@@ -7,7 +7,7 @@ The weights are the 4-bit GGUF file (98 MB) inside that Python package, dequanti
 user's cache; the package itself is not imported. Every feed-forward becomes experts (every third
 in `:cpu`), copies at first, so that RL starts from the very function of SmolLM2. Expect about a
 fifth of its answers to be right at the start, nearly every question being solved at times.
-The default form wants a GPU or TPU. `:cpu` is a run of 40 batches on two CPU cores, `:smoke` takes
+The default form wants a GPU or TPU. `:cpu` is a run of 30 batches on two CPU cores, `:smoke` takes
 two steps; both need about 8 GB of memory, and their checkpoints 3 GB of disk each.
 """
 
@@ -49,7 +49,7 @@ def get_config(arg: str = ""):
             partial_credit=0.0,
         ),
         rl=RLConfig(
-            steps=2 if smoke else 40 if small else 400,
+            steps=2 if smoke else 30 if small else 400,
             prompts_per_batch=4 if smoke else 8 if small else 32,
             samples_per_prompt=4 if smoke else 8,
             mini_steps=2 if smoke else 4,
