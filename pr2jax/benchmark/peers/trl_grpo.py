@@ -58,7 +58,11 @@ class Paced(TrainerCallback):
         seconds = time.perf_counter() - self.began
         if self.plan:
             self.first = self.first or seconds
-            self.tried[self.plan.pop(0)].append(seconds)
+            experts = self.plan.pop(0)
+            self.tried[experts].append(seconds)
+            others = [min(s) for e, s in self.tried.items() if e != experts and s]
+            if others and seconds > 4 * min(others):
+                self.plan.clear()  # out with its warm-up: they differ by ten and more
             if not self.plan:
                 self._ready()
             return
@@ -79,7 +83,7 @@ class Paced(TrainerCallback):
     def _ready(self):
         import trl
 
-        seconds = {e: min(s[1:]) for e, s in self.tried.items()}
+        seconds = {e: min(s[1:] or s) for e, s in self.tried.items()}
         best = min(seconds, key=seconds.get)
         self.model.set_experts_implementation(best)
         self.channel.reply(
