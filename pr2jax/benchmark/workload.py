@@ -19,9 +19,6 @@ from pr2jax.models.importers import hf
 from pr2jax.models.transformer import param_specs
 from pr2jax.sampler.types import SamplerConfig
 
-# How we compute, rather than what: the settings that docs/results.md finds best on a CPU.
-_HOW = {"scan_layers": False}
-
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -111,7 +108,6 @@ def model_config(smoke: bool, overrides: dict[str, Any] | None = None) -> ModelC
         ),
         qk_norm="head",
         tie_embeddings=False,
-        **_HOW,
     )
     return edited(cfg, overrides or {}, "model")
 
@@ -126,7 +122,7 @@ def sampler_config(
         max_prompt=sizes.prompt,
         max_tokens=new,
         bucket=min(64, sizes.prompt),
-        prefill_rows=min(rows, 8),
+        prefill_rows=min(rows, 32),
     )
     return edited(cfg, overrides or {}, "sampler")
 
@@ -178,8 +174,8 @@ def load_params(cfg: ModelConfig, checkpoint: str) -> Tree:
     if not checkpoint:
         return init_params(specs, root(0))
     found, params = hf.load_params(Path(checkpoint), abstract_params(specs))
-    same = {"moe": cfg.moe} | {name: getattr(cfg, name) for name in (*_HOW, "logprob_chunk")}
-    same |= {name: getattr(cfg, name) for name in ("attention_impl", "remat")}
+    how = ("moe", "scan_layers", "logprob_chunk", "attention_impl", "remat")
+    same = {name: getattr(cfg, name) for name in how}
     if dataclasses.replace(found, **same, init_stddev=cfg.init_stddev) != cfg:
         raise ConfigError(f"{checkpoint}: holds {found}, not {cfg}")
     return jax.tree.map(jax.numpy.asarray, params)

@@ -287,6 +287,7 @@ def test_smoke(tmp_path):
             *(f"--workdir={tmp_path}", "--config.study.cores_per_worker=0"),
         ],
         cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
         capture_output=True,
         text=True,
         timeout=900,
