@@ -75,6 +75,7 @@ def failures(pool: VerifierPool) -> int:
 
 
 def totals(rounds: list[Round]) -> dict[str, float]:
+    """Plain figures over all that the rounds sampled; times are seconds (`RolloutSource`)."""
     each = [r.rollout for r in rounds]
     rewards = np.concatenate([r.rewards for r in each])
     return {
