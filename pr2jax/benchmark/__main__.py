@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pr2jax.benchmark.commands import Options
 from pr2jax.benchmark.sides import BenchmarkError
 from pr2jax.benchmark.workload import FULL, SMOKE, model_config, parse_overrides, sampler_config
 from pr2jax.core.config import ConfigError
+from pr2jax.core.files import user_cache
 from pr2jax.core.metrics import write_json
 
 EXIT_BAD = 2
@@ -60,11 +60,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _cache() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "pr2jax" / "benchmark"
-
-
 def options_of(arguments: argparse.Namespace) -> Options:
     """The options of a command line. Raises ConfigError naming the one at fault."""
     given = vars(arguments)
@@ -90,7 +85,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         repeats=arguments.repeats,
         steps=given.get("steps", 1),
         overrides=overrides,
-        cache=given.get("cache") or _cache(),
+        cache=given.get("cache") or user_cache("benchmark"),
         compilation_cache=arguments.compilation_cache,
         profile=given.get("profile"),
     )

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
 from pr2jax.core.config import ConfigError
+from pr2jax.core.files import user_cache
 
 
 def resolve_dtype(name: str) -> tuple[Any, str]:
@@ -95,10 +96,9 @@ def setup_compilation_cache(directory: str | os.PathLike | None = None) -> Path 
 
 
 def _default_cache() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     features = " ".join(sorted(cpu_flags())) or platform.processor()
     tag = hashlib.sha256(features.encode()).hexdigest()[:8]
-    return base / "pr2jax" / "xla" / f"jaxlib-{_version('jaxlib')}-{platform.machine()}-{tag}"
+    return user_cache("xla") / f"jaxlib-{_version('jaxlib')}-{platform.machine()}-{tag}"
 
 
 class CompilationCounter:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pr2jax.core.config import ConfigError
+from pr2jax.core.files import user_cache
 from pr2jax.data.documents import Documents, read_documents
 from pr2jax.data.sources import SourceConfig
 
@@ -90,8 +91,7 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
 
 def cache_folder() -> Path:
     """Where trained tokenizers are kept: a folder of the user's cache."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "pr2jax" / "tokenizers"
+    return user_cache("tokenizers")
 
 
 def trained(sources: Sequence[Documents], vocab_size: int, folder: Path | None = None) -> Path:

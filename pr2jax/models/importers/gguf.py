@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pr2jax.core.files import user_cache
 from pr2jax.models.importers.files import CheckpointFormatError, Found, write_json
 from pr2jax.models.importers.gguf_tokenizer import tokenizer_files
 
@@ -227,8 +228,7 @@ def cache_folder(file: str | os.PathLike) -> Path:
     except OSError:
         raise CheckpointFormatError(f"{path} is missing") from None
     digest = _digest(str(path.absolute()), stat.st_mtime_ns, stat.st_size)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "pr2jax" / "gguf" / f"{path.stem}-{digest[:16]}-v{FORMAT}"
+    return user_cache("gguf") / f"{path.stem}-{digest[:16]}-v{FORMAT}"
 
 
 @functools.cache
