@@ -62,14 +62,17 @@ def reuse_freed_memory() -> bool:
     """Has glibc keep freed memory instead of giving it back; whether it could.
 
     XLA:CPU allocates its temporaries anew at every call, and large ones come from the kernel page
-    by page: a sixth of a small RL step's CPU time. Call it before anything large is allocated.
+    by page: a sixth of a small RL step's CPU time. One arena, because a thread's own maps whatever
+    is over 64 MiB, and unmaps it again, however mmap is set. Call it before anything large is
+    allocated.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
-    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 * 2**20))
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
+    keep_all, grow_by = 2**31 - 1, 256 * 2**20
+    settings = ((mmap_max, 0), (arena_max, 1), (trim_threshold, keep_all), (top_pad, grow_by))
     return all(mallopt(name, value) == 1 for name, value in settings)
 
 

@@ -98,15 +98,12 @@ def _tis_metrics(weight: Array, capped: Array, mask: Float[Array, "B T"]) -> Met
 
 def _ratio_metrics(log_ratios, low, high, mask) -> Metrics:
     """Importance ratios: mean, extremes, second moment, clipped shares."""
-    real, count, one = mask > 0, jnp.sum(mask), jnp.float32(1.0)
+    real, count = mask > 0, jnp.sum(mask)
     ratio = jnp.exp(log_ratios)
     total = lambda x: jnp.sum(jnp.where(real, x, 0.0))
-    return {
-        "ratio_mean": (total(ratio), count),
+    return _spread("ratio", ratio, real) | {
         "ratio_square": (total(ratio**2), count),
         "log_ratio_square": (total(log_ratios**2), count),
-        "ratio_max": (jnp.max(jnp.where(real, ratio, -jnp.inf)), one),
-        "ratio_min": (jnp.min(jnp.where(real, ratio, jnp.inf)), one),
         "clip_low": (total(low), count),
         "clip_high": (total(high), count),
     }
