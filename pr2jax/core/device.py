@@ -23,8 +23,8 @@ from pr2jax.core.config import ConfigError
 from pr2jax.core.files import user_cache
 
 
-def resolve_dtype(name: str) -> tuple[Any, str]:
-    """Chooses the compute dtype: (dtype, one line that says why).
+def resolve_dtype(name: str, device: Any = None) -> tuple[Any, str]:
+    """Chooses the compute dtype of `device` (default: the first): (dtype, a line that says why).
 
     "auto" is bfloat16 where the hardware multiplies it fast: TPU; NVIDIA GPUs of compute
     capability >= 8; CPUs with AMX under jax >= 0.12 (older ones gain nothing from it).
@@ -36,7 +36,7 @@ def resolve_dtype(name: str) -> tuple[Any, str]:
         return jnp.dtype(name), f"{name}: as configured"
     if name != "auto":
         raise ConfigError(f"compute_dtype: must be auto, bfloat16 or float32, got {name!r}")
-    fast, reason = _fast_bfloat16(jax.devices()[0])
+    fast, reason = _fast_bfloat16(device or jax.devices()[0])
     dtype = "bfloat16" if fast else "float32"
     return jnp.dtype(dtype), f"{dtype}: {reason}"
 

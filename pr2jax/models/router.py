@@ -18,7 +18,8 @@ from pr2jax.models.config import MoEConfig
 def project(x: Float[Array, "... D"], kernel: Float[Array, "D E"]) -> Float[Array, "... E"]:
     """x @ kernel in true fp32: TPUs otherwise multiply fp32 in fewer bits, and routes flip."""
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    out = jnp.dot(flat, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    with jax.named_scope("router"):
+        out = jnp.dot(flat, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
