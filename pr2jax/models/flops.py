@@ -47,3 +47,42 @@ def forward_flops(cfg: ModelConfig, tokens: int, context: float) -> float:
         else:
             per_token += 6 * d * cfg.dense_dim
     return tokens * per_token
+
+
+def head_flops(cfg: ModelConfig, tokens: int) -> float:
+    """The LM head's part of `forward_flops`."""
+    return 2.0 * tokens * cfg.d_model * cfg.vocab_size
+
+
+def training_flops(
+    cfg: ModelConfig,
+    tokens: int,
+    context: float,
+    *,
+    computed_context: float | None = None,
+    head_again: bool = False,
+) -> tuple[float, float]:
+    """(model, executed) operations of a training step: the forward three times, and with what is
+    computed again or in vain.
+
+    Executed is with all of a layer's forward repeated in the backward pass (remat "full"), or of
+    it attention's two products and the experts (remat "dots"): at most, since what the backward
+    pass does not read is left out by the compiler.
+
+    Args:
+      computed_context: positions that a token's attention computes, masked ones among them
+        (default: `context`).
+      head_again: whether the head is rematerialised (log-probs in more than one chunk).
+    """
+    seen = context if computed_context is None else computed_context
+    forward = forward_flops(cfg, tokens, seen)
+    executed = 3 * forward
+    if cfg.remat == "full":
+        executed += forward - head_flops(cfg, tokens)
+    elif cfg.remat == "dots":
+        experts = 0 if cfg.moe is None else 6 * cfg.d_model * cfg.moe.top_k * cfg.moe.expert_dim
+        layers = sum(block.moe for block in block_specs(cfg))
+        executed += forward - forward_flops(cfg, tokens, 0) + tokens * layers * experts
+    if head_again:
+        executed += head_flops(cfg, tokens)
+    return 3 * forward_flops(cfg, tokens, context), executed
