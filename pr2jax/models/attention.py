@@ -6,7 +6,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -14,7 +13,7 @@ from pr2jax.core.params import ParamSpec, fan_in, ones, zeros
 from pr2jax.core.sharding import BATCH_AXES, batch_shards
 from pr2jax.models import cache as cache_lib
 from pr2jax.models.blocked_attention import blocked_attention
-from pr2jax.models.cache import Cache
+from pr2jax.models.cache import KVCache
 from pr2jax.models.config import ModelConfig
 from pr2jax.models.layers import apply_rope, linear, rms_norm
 
@@ -76,9 +75,9 @@ def cached_mask(
 def einsum_attention(
     q: Float[Array, "B T H d"],
     k: Float[Array, "B S G d"],
-    v: Float[Array, "B S G d"],
+    v: Float[Array, "B S G e"],
     mask: Bool[Array, "B T S"],
-) -> Float[Array, "B T H d"]:
+) -> Float[Array, "B T H e"]:
     """softmax(q k / sqrt(d)) v by plain products, softmax in fp32; the oracle of the kernels."""
     return cached_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
 
@@ -86,9 +85,9 @@ def einsum_attention(
 def cached_attention(
     q: Float[Array, "B T H d"],
     k: Float[Array, "B G S d"],
-    v: Float[Array, "B G S d"],
+    v: Float[Array, "B G S e"],
     mask: Bool[Array, "B T S"],
-) -> Float[Array, "B T H d"]:
+) -> Float[Array, "B T H e"]:
     """The same on keys and values as the cache holds them, heads first.
 
     Queries stand as the first factor, a group's heads and positions as its rows: the other way
@@ -105,25 +104,25 @@ def cached_attention(
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     weights = weights.reshape(batch, groups, repeat * length, -1)
     out = jnp.einsum("bgqs,bgsd->bgqd", weights, v)
-    out = out.reshape(batch, groups, repeat, length, dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, length, heads, dim)
+    out = out.reshape(batch, groups, repeat, length, -1).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, heads, v.shape[-1])
 
 
 def splash_attention(
     q: Float[Array, "B T H d"],
     k: Float[Array, "B T G d"],
-    v: Float[Array, "B T G d"],
+    v: Float[Array, "B T G e"],
     segment_ids: Int[Array, "B T"],
     window: int,
     *,
     mesh: Mesh | None = None,
     interpret: bool = False,
-) -> Float[Array, "B T H d"]:
+) -> Float[Array, "B T H e"]:
     """The TPU block-sparse flash kernel on packed rows.
 
-    Grouped heads are read in place; blocks outside the causal window are not computed. The
-    compiler cannot split a kernel over a mesh, so each device is handed its own rows (where the
-    mesh divides them) and heads.
+    Grouped heads are read in place, and so are values of another width than the keys; blocks
+    outside the causal window are not computed. The compiler cannot split a kernel over a mesh, so
+    each device is handed its own rows (where the mesh divides them) and heads.
     """
     return _split(partial(_splash_local, window=window, interpret=interpret), mesh)(
         q, k, v, segment_ids
@@ -165,19 +164,53 @@ def _splash_local(q, k, v, segment_ids, window: int, interpret: bool):
     return move(out)
 
 
+def cudnn_attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B T G d"],
+    v: Float[Array, "B T G e"],
+    mask: Bool[Array, "B T T"],
+) -> Float[Array, "B T H e"]:
+    """cuDNN's flash attention; it knows one width, so narrower values (e < d) carry zeros."""
+    wide = jnp.pad(v, ((0, 0),) * 3 + ((0, q.shape[-1] - v.shape[-1]),))
+    out = jax.nn.dot_product_attention(q, k, wide, mask=mask[:, None], implementation="cudnn")
+    return out[..., : v.shape[-1]]
+
+
+def full_attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B T G d"],
+    v: Float[Array, "B T G e"],
+    *,
+    segment_ids: Int[Array, "B T"],
+    mask: Bool[Array, "B T T"] | None,
+    window: int,
+    impl: str,
+    mesh: Mesh | None,
+    platform: str,
+) -> Float[Array, "B T H e"]:
+    """softmax(q k / sqrt(d)) v on whole packed rows, by the kernel `impl` (`resolve_impl`)."""
+    if impl == "splash":
+        interpret = platform == "cpu"
+        out = splash_attention(q, k, v, segment_ids, window, mesh=mesh, interpret=interpret)
+        return out.astype(v.dtype)
+    if impl == "blocked":
+        return _split(partial(blocked_attention, window=window), mesh)(q, k, v, segment_ids)
+    return (cudnn_attention if impl == "cudnn" else einsum_attention)(q, k, v, mask)
+
+
 def resolve_impl(cfg: ModelConfig, platform: str, length: int, dtype) -> str:
     """The attention kernel for full (uncached) rows of `length` tokens on `platform`.
 
-    `auto` takes splash on TPU where its tiles fit (length a multiple of 128, head_dim of 64),
+    `auto` takes splash on TPU where its tiles fit (length a multiple of 128, heads of 64),
     cuDNN's flash attention on GPU in half precision, chunks of the same on CPU for rows long
     enough that a whole row's weights leave the cache, else the plain einsum.
     """
     if cfg.attention_impl != "auto":
         return cfg.attention_impl
-    if platform == "tpu" and length % 128 == 0 and cfg.head_dim % 64 == 0:
+    if platform == "tpu" and length % 128 == 0 and cfg.qk_dim % 64 == 0:
         return "splash"
     half = jnp.dtype(dtype).itemsize == 2
-    if platform in ("gpu", "cuda") and half and cfg.head_dim <= 128 and cfg.head_dim % 8 == 0:
+    if platform in ("gpu", "cuda") and half and cfg.qk_dim <= 128 and cfg.qk_dim % 8 == 0:
         return "cudnn"
     return "blocked" if platform == "cpu" and length >= BLOCKED_FROM else "einsum"
 
@@ -208,35 +241,40 @@ def attention(
     mask: Bool[Array, "B T S"] | None,
     window: int,
     impl: str,
-    cache: Cache | None,
+    cache: KVCache | None,
     layer: int | Int[Array, ""],
     read_length: int,
     mesh: Mesh | None = None,
     platform: str = "cpu",
-) -> tuple[Float[Array, "B T D"], Cache | None]:
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """One attention layer; with a cache, keys and values are written first and read from it."""
     q = apply_rope(_project(params, "q", x, cfg.num_heads, cfg), *rope)
     k = apply_rope(_project(params, "k", x, cfg.num_kv_heads, cfg), *rope)
     v = _project(params, "v", x, cfg.num_kv_heads, cfg)
     if cache is not None:
-        cache = Cache(
+        cache = KVCache(
             k=cache_lib.write(cache.k, layer, positions, k),
             v=cache_lib.write(cache.v, layer, positions, v),
         )
-        read = lambda buf: lax.dynamic_index_in_dim(buf, layer, keepdims=False)[:, :, :read_length]
-        out = cached_attention(
-            q, read(cache.k).astype(x.dtype), read(cache.v).astype(x.dtype), mask
-        )
-    elif impl == "splash":
-        out = splash_attention(
-            q, k, v, segment_ids, window, mesh=mesh, interpret=platform == "cpu"
-        ).astype(x.dtype)
-    elif impl == "blocked":
-        out = _split(partial(blocked_attention, window=window), mesh)(q, k, v, segment_ids)
-    elif impl == "cudnn":
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+        read = lambda buffer: cache_lib.read(buffer, layer, read_length, x.dtype)
+        out = cached_attention(q, read(cache.k), read(cache.v), mask)
     else:
-        out = einsum_attention(q, k, v, mask)
-    kernel, bias = params["o"]["kernel"], params["o"].get("bias")
+        out = full_attention(
+            q,
+            k,
+            v,
+            segment_ids=segment_ids,
+            mask=mask,
+            window=window,
+            impl=impl,
+            mesh=mesh,
+            platform=platform,
+        )
+    return project_out(params["o"], out), cache
+
+
+def project_out(params: dict, out: Float[Array, "B T H e"]) -> Float[Array, "B T D"]:
+    """The heads' values back into the residual stream."""
+    kernel = params["kernel"]
     flat = out.reshape(*out.shape[:-2], -1)
-    return linear(flat, kernel.reshape(-1, kernel.shape[-1]), bias), cache
+    return linear(flat, kernel.reshape(-1, kernel.shape[-1]), params.get("bias"))

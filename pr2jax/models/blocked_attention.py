@@ -35,7 +35,7 @@ def _allowed(segments: Int[Array, " T"], start: int, stop: int, window: int) -> 
 
 
 def _row_forward(q, k, v, segments, window: int):
-    """One row: q [G, R, T, d] already scaled, k and v [G, T, d] -> out [G, R, T, d], lse fp32."""
+    """One row: q [G, R, T, d] already scaled, k [G, T, d], v [G, T, e] -> out [G, R, T, e], lse."""
     groups, repeat, length, dim = q.shape
     outs, lses = [], []
     for start, stop in _chunks(length):
@@ -50,7 +50,7 @@ def _row_forward(q, k, v, segments, window: int):
         total = jnp.sum(weights, axis=-1)
         flat = weights.reshape(groups, repeat * n, stop).astype(v.dtype)
         out = jnp.einsum("gqs,gsd->gqd", flat, values, preferred_element_type=jnp.float32)
-        outs.append(out.reshape(groups, repeat, n, dim) / total[..., None])
+        outs.append(out.reshape(groups, repeat, n, -1) / total[..., None])
         lses.append(top[..., 0] + jnp.log(total))
     return jnp.concatenate(outs, axis=2).astype(v.dtype), jnp.concatenate(lses, axis=2)
 
@@ -101,10 +101,10 @@ _rows.defvjp(_rows_forward, _rows_backward)
 def blocked_attention(
     q: Float[Array, "B T H d"],
     k: Float[Array, "B T G d"],
-    v: Float[Array, "B T G d"],
+    v: Float[Array, "B T G e"],
     segment_ids: Int[Array, "B T"],
     window: int,
-) -> Float[Array, "B T H d"]:
+) -> Float[Array, "B T H e"]:
     """softmax(q k / sqrt(d)) v on packed rows, causal within a segment (and `window`; 0: none).
 
     Accumulates in fp32. Memory a row is O(T x chunk), its backward's too.
@@ -114,4 +114,4 @@ def blocked_attention(
     q = (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)
     q = q.reshape(batch, length, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
     out = _rows(q, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids, window)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, v.shape[-1])

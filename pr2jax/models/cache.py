@@ -1,17 +1,22 @@
-"""The key/value cache: one buffer for all layers, carried through the stack, updated in place."""
+"""The cache: one buffer for all layers, carried through the stack, updated in place.
+
+Both kinds have the axes (layer, row, head, position, width), so what copies or shards rows need
+not know which it is. A row's cache index is the token's position.
+"""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pr2jax.models.config import ModelConfig
 
 
 @struct.dataclass
-class Cache:
-    """Keys and values of every layer. A row's cache index is the token's position.
+class KVCache:
+    """Keys and values of every layer.
 
     Heads stand before positions: attention multiplies them as they lie, head by head.
     """
@@ -25,10 +30,32 @@ class Cache:
         return self.k.shape[3]
 
 
+@struct.dataclass
+class LatentCache:
+    """What latent attention keeps of a position: its latent (normed) and the rotated key.
+
+    All heads share them: the head axis is 1, and no mesh axis splits it.
+    """
+
+    latent: Float[Array, "N B 1 S c"]
+    rope_key: Float[Array, "N B 1 S r"]
+
+    @property
+    def length(self) -> int:
+        """S, the number of positions a row can hold."""
+        return self.latent.shape[3]
+
+
+Cache = KVCache | LatentCache
+
+
 def init_cache(cfg: ModelConfig, batch: int, length: int, dtype=jnp.float32) -> Cache:
     """A zeroed cache of `batch` rows and `length` positions for all of `cfg`'s layers."""
-    shape = (cfg.num_layers, batch, cfg.num_kv_heads, length, cfg.head_dim)
-    return Cache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+    zeros = lambda heads, width: jnp.zeros((cfg.num_layers, batch, heads, length, width), dtype)
+    if cfg.mla is not None:
+        return LatentCache(zeros(1, cfg.mla.kv_lora_rank), zeros(1, cfg.mla.qk_rope_head_dim))
+    heads = (cfg.num_kv_heads, cfg.head_dim)
+    return KVCache(k=zeros(*heads), v=zeros(*heads))
 
 
 def write(
@@ -40,3 +67,11 @@ def write(
     """Writes `values` at `positions` of one layer; positions outside the buffer are dropped."""
     rows = jnp.arange(values.shape[0])[:, None]
     return buffer.at[layer, rows, :, positions].set(values.astype(buffer.dtype), mode="drop")
+
+
+def read(
+    buffer: Float[Array, "N B H S d"], layer: int | Int[Array, ""], read_length: int, dtype
+) -> Float[Array, "B H R d"]:
+    """The first `read_length` positions of one layer."""
+    one = lax.dynamic_index_in_dim(buffer, layer, keepdims=False)
+    return one[:, :, :read_length].astype(dtype)

@@ -82,6 +82,45 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, Section 2.1).
+
+    Keys and values are expanded from one latent of `kv_lora_rank` a position, which is what the
+    cache holds, beside one rotated key of `qk_rope_head_dim` that all heads share. A head's query
+    and key are `qk_nope_head_dim` not rotated, then the rotated part; its value is `v_head_dim`.
+    `q_lora_rank` is the queries' own latent (0: projected directly). `norm_eps` is that of the
+    latents' norms. With yarn, the softmax scale is also multiplied by
+    (0.1 yarn_mscale_all_dim ln(factor) + 1)^2, as DeepSeek-V3's is (0: not).
+    """
+
+    kv_lora_rank: int = 64
+    q_lora_rank: int = 0
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    norm_eps: float = 1e-6
+    yarn_mscale_all_dim: float = 0.0
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a head's query, and of its key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.q_lora_rank < 0:
+            raise ConfigError(f"q_lora_rank: must be >= 0, got {self.q_lora_rank}")
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(
+                "qk_rope_head_dim: rotary embeddings need an even width, "
+                f"got {self.qk_rope_head_dim}"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer, dense or MoE.
 
@@ -90,7 +129,9 @@ class ModelConfig:
     `sliding_window` (tokens; 0: full attention) applies to layer i when
     `window_pattern[i % len(window_pattern)]`. `qk_norm` is an RMSNorm of queries and keys per
     head (`head`, Qwen3) or over all heads (`full`, OLMoE). `clip_qkv` clamps the projections
-    (0: off).
+    (0: off). With `mla`, attention is over latents: `num_kv_heads` and `head_dim` are not read,
+    `attention_bias` is that of the projections into latents, and the norms are its own
+    (`qk_norm="none"`).
     """
 
     vocab_size: int = 256
@@ -101,6 +142,7 @@ class ModelConfig:
     head_dim: int = 32
     dense_dim: int = 256
     moe: MoEConfig | None = field(default_factory=MoEConfig)
+    mla: MLAConfig | None = None
     first_dense: int = 0
     moe_every: int = 1
     dense_layers: tuple[int, ...] = ()
@@ -120,6 +162,16 @@ class ModelConfig:
     scan_layers: bool = True
     logprob_chunk: int = 4096
 
+    @property
+    def qk_dim(self) -> int:
+        """Width of a head's query and key."""
+        return self.head_dim if self.mla is None else self.mla.qk_head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """How much of it is rotated."""
+        return self.head_dim if self.mla is None else self.mla.qk_rope_head_dim
+
     def validate(self) -> None:
         """Raises ConfigError("key: why")."""
         for name in ("d_model", "num_layers", "num_heads", "num_kv_heads"):
@@ -135,6 +187,17 @@ class ModelConfig:
             raise ConfigError(
                 f"head_dim: rotary embeddings need an even width, got {self.head_dim}"
             )
+        if self.mla is not None:
+            for name, off in (("qk_norm", "none"), ("clip_qkv", 0.0)):
+                if getattr(self, name) != off:
+                    raise ConfigError(
+                        f"{name}: must be {off!r} with mla, got {getattr(self, name)!r}"
+                    )
+            if self.mla.yarn_mscale_all_dim and self.rope_scaling.kind != "yarn":
+                raise ConfigError(
+                    "mla.yarn_mscale_all_dim: only with rope_scaling.kind='yarn', "
+                    f"and it is {self.rope_scaling.kind!r}"
+                )
         if self.moe_every < 1:
             raise ConfigError(f"moe_every: must be at least 1, got {self.moe_every}")
         if not self.window_pattern:

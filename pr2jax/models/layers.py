@@ -38,12 +38,12 @@ def swiglu(params: dict, x: Float[Array, "... D"]):
 
 
 def rope_frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
-    """Inverse frequencies [head_dim / 2] (float64) and the factor on cos and sin.
+    """Inverse frequencies [rope_dim / 2] (float64) and the factor on cos and sin.
 
     Scaling as in RopeScaling: linear (Chen et al. 2023), llama3 (Llama 3.1), yarn (Peng et al.
     2023, with the correction range rounded outwards when `truncate`).
     """
-    dim, base, s = cfg.head_dim, cfg.rope_theta, cfg.rope_scaling
+    dim, base, s = cfg.rope_dim, cfg.rope_theta, cfg.rope_scaling
     inverse = base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if s.kind == "none":
         return inverse, 1.0
@@ -77,7 +77,7 @@ def rope_frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
 
 
 def rope_tables(cfg: ModelConfig, positions: Int[Array, "B T"]):
-    """cos and sin [B, T, 1, head_dim / 2] in fp32 at these positions."""
+    """cos and sin [B, T, 1, rope_dim / 2] in fp32 at these positions."""
     inverse, factor = rope_frequencies(cfg)
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)
     return (jnp.cos(angles) * factor)[..., None, :], (jnp.sin(angles) * factor)[..., None, :]

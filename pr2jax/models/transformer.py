@@ -28,6 +28,7 @@ from pr2jax.models.attention import (
 from pr2jax.models.cache import Cache
 from pr2jax.models.config import ModelConfig, Segment, num_moe_layers, segments
 from pr2jax.models.layers import rms_norm, rope_tables, swiglu
+from pr2jax.models.mla import mla_attention, mla_specs
 from pr2jax.models.moe import (
     MoEOptions,
     Record,
@@ -98,7 +99,7 @@ def param_specs(cfg: ModelConfig) -> dict:
             r = segment.repeats
             one = {
                 "attention_norm": norm(r),
-                "attention": attention_specs(cfg, r),
+                "attention": (mla_specs if cfg.mla else attention_specs)(cfg, r),
                 "ffn_norm": norm(r),
             }
             if block.moe:
@@ -152,7 +153,7 @@ def _block(params, x, cache, layer, routes, shift, *, spec, cfg, shared):
     """One pre-norm block: attention, then MoE or dense feed-forward."""
     with jax.named_scope("attention"):
         h = rms_norm(x, params["attention_norm"]["scale"], cfg.norm_eps)
-        y, cache = attention(
+        y, cache = (mla_attention if cfg.mla else attention)(
             params["attention"],
             h,
             cfg=cfg,
