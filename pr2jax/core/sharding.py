@@ -16,19 +16,21 @@ from pr2jax.core.config import ConfigError
 from pr2jax.core.params import ParamSpec, map_with_path
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
+# How a learner's parameters lie: every large one is spread over all of the mesh.
 RULES: Rules = {
     "layers": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
     "experts": "expert",
+    "expert_embed": "fsdp",
     "norm": None,
 }
 
@@ -55,19 +57,28 @@ class MeshConfig:
                 raise ConfigError(f"{name}: {size} devices; need at least 1{rest}")
 
 
+def mesh_sizes(cfg: MeshConfig, count: int) -> dict[str, int]:
+    """Devices along each axis of a mesh of `count` devices.
+
+    Raises ShardingError when the sizes do not multiply to that.
+    """
+    cfg.validate()
+    sizes = {name: getattr(cfg, name) for name in MESH_AXES}
+    if sizes["data"] == -1:
+        sizes["data"] = max(1, count // math.prod(sizes[a] for a in MESH_AXES[1:]))
+    if math.prod(sizes.values()) != count:
+        asked = " x ".join(f"mesh.{name}={getattr(cfg, name)}" for name in MESH_AXES)
+        raise ShardingError(f"{asked} does not multiply to the {count} devices present")
+    return sizes
+
+
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with axes ("data", "fsdp", "expert", "tensor") over `devices` (default: all).
 
     Raises ShardingError when the sizes do not multiply to the number of devices.
     """
-    cfg.validate()
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {name: getattr(cfg, name) for name in MESH_AXES}
-    if sizes["data"] == -1:
-        sizes["data"] = max(1, len(devices) // math.prod(sizes[a] for a in MESH_AXES[1:]))
-    if math.prod(sizes.values()) != len(devices):
-        asked = " x ".join(f"mesh.{name}={getattr(cfg, name)}" for name in MESH_AXES)
-        raise ShardingError(f"{asked} does not multiply to the {len(devices)} devices present")
+    sizes = mesh_sizes(cfg, len(devices))
     return jax.make_mesh(
         tuple(sizes.values()),
         MESH_AXES,
@@ -118,6 +129,26 @@ def partition_spec(path: str, spec: ParamSpec, mesh: Mesh, rules: Rules = RULES)
     return _canonical(entries)
 
 
+def mesh_axes(mesh: Mesh, rules: Rules, axis: str) -> tuple[str, ...]:
+    """The mesh axes of more than one device that `rules` split a logical axis over."""
+    target = rules[axis]
+    names = () if target is None else (target,) if isinstance(target, str) else tuple(target)
+    return tuple(n for n in names if mesh.shape[n] > 1)
+
+
+def decode_rules(mesh: Mesh, num_experts: int) -> Rules:
+    """How a sampler's parameters lie: RULES gather weights for every product, which a decode step
+    of few tokens cannot pay for.
+
+    Experts lie over ("fsdp", "expert") where those divide them, so that each device holds whole
+    ones; what every token needs is on every device (but for the tensor axis).
+    """
+    spread = ("fsdp", "expert")
+    if num_experts % math.prod(mesh.shape[a] for a in spread):
+        spread = ("expert",)
+    return {**RULES, "embed": None, "expert_embed": None, "experts": spread}
+
+
 def param_shardings(specs: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """A NamedSharding for each parameter of `specs`. Raises ShardingError (`partition_spec`)."""
     return map_with_path(
@@ -125,8 +156,28 @@ def param_shardings(specs: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     )
 
 
+def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
+    """The axes that `rows` rows are split over: of BATCH_AXES, in order, as many as divide them.
+
+    The devices of an axis left out hold the same rows (a prefill of few prompts).
+    """
+    names: tuple[str, ...] = ()
+    for name in BATCH_AXES:
+        if rows % math.prod(mesh.shape[a] for a in (*names, name)):
+            break
+        names = (*names, name)
+    return tuple(n for n in names if mesh.shape[n] > 1)
+
+
+def row_sharding(mesh: Mesh, shape: Sequence[int], axis: int = 0) -> NamedSharding:
+    """An array of `shape` with the rows of dimension `axis` over `row_axes`, else replicated."""
+    entries: list[tuple[str, ...]] = [()] * len(shape)
+    entries[axis] = row_axes(mesh, shape[axis])
+    return NamedSharding(mesh, _canonical(entries))
+
+
 def batch_sharding(mesh: Mesh, ndim: int, batch_axis: int = 0) -> NamedSharding:
-    """Rows split over ("data", "fsdp"), every other dimension of an `ndim`-array replicated."""
+    """Rows split over BATCH_AXES, every other dimension of an `ndim`-array replicated."""
     entries: list[tuple[str, ...]] = [()] * ndim
     entries[batch_axis] = tuple(a for a in BATCH_AXES if mesh.shape[a] > 1)
     return NamedSharding(mesh, _canonical(entries))

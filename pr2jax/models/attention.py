@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pr2jax.core.params import ParamSpec, fan_in, ones, zeros
-from pr2jax.core.sharding import BATCH_AXES, batch_shards
+from pr2jax.core.sharding import row_axes
 from pr2jax.models import cache as cache_lib
 from pr2jax.models.blocked_attention import blocked_attention
 from pr2jax.models.cache import KVCache
@@ -135,7 +135,7 @@ def _split(run, mesh: Mesh | None):
     def split(q, k, v, segment_ids):
         if mesh is None or mesh.size == 1:
             return run(q, k, v, segment_ids)
-        rows = None if q.shape[0] % batch_shards(mesh) else BATCH_AXES
+        rows = row_axes(mesh, q.shape[0]) or None
         act = PartitionSpec(rows, None, "tensor")
         specs = (act, act, act, PartitionSpec(rows))
         local = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=act, check_vma=False)

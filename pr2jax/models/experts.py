@@ -6,8 +6,10 @@ Four implementations of one function, `apply_experts`:
           empty blocks cost nothing. The backward pass is written by hand: it gathers where
           automatic differentiation would scatter, and adds weight gradients in place.
   batched (GPU) the same blocks as one batched matmul over a static worst-case count of them.
-  ragged  (TPU) `jax.lax.ragged_dot` on the sorted rows; on CPU it does E times the work.
+  ragged  (TPU) `jax.lax.ragged_dot` on the sorted rows (ragged.py); on CPU E times the work.
   dense   every expert on every token, the oracle of the tests.
+An id of E or above stands for no expert: that assignment costs nothing and adds nothing. So are
+left out the experts of other devices (ring.py), padding, and responses that have ended.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from pr2jax.models.ragged import experts_ragged
 
 IMPLEMENTATIONS = ("blocks", "batched", "ragged", "dense")
 BY_PLATFORM = {"cpu": "blocks", "gpu": "batched", "cuda": "batched", "tpu": "ragged"}
@@ -39,7 +43,8 @@ class Dispatch(NamedTuple):
     token: Int[Array, " slots"]  # the token a slot reads (any token when not valid)
     valid: Float[Array, " slots"]  # 1 where an assignment stands in the slot
     assignment: Int[Array, " slots"]  # which flattened (token, k) it is
-    slot: Int[Array, "N K"]  # the slot of each assignment
+    slot: Int[Array, "N K"]  # the slot of each assignment; 0 for one of no expert
+    here: Bool[Array, "N K"]  # whether the assignment is to an expert
     block_expert: Int[Array, " blocks"]
     num_blocks: Int[Array, ""]  # blocks in use
 
@@ -78,12 +83,14 @@ def plan_dispatch(ids: Int[Array, "N K"], num_experts: int, block: int) -> Dispa
     assignment = order[rank]
     sorted_experts = flat[order]
     slot_sorted = block_first[sorted_experts] * block + jnp.arange(total) - first[sorted_experts]
+    slot_sorted = jnp.where(sorted_experts < num_experts, slot_sorted, 0)
     slot = jnp.zeros(total, jnp.int32).at[order].set(slot_sorted, unique_indices=True)
     return Dispatch(
         token=assignment // k,
         valid=valid.reshape(-1).astype(jnp.float32),
         assignment=assignment,
         slot=slot.reshape(n, k),
+        here=ids < num_experts,
         block_expert=block_expert,
         num_blocks=block_end[-1],
     )
@@ -174,8 +181,8 @@ def _blocks_backward(x, weights: ExpertWeights, plan: Dispatch, block, gs, us, g
     )
     dxs, dgates, dgus, xt, ht = lax.fori_loop(0, plan.num_blocks, body, init)
     dw = _weight_gradients(weights, plan, block, xt, ht, dgus, dys)
-    dx = jnp.sum(dxs[plan.slot].astype(jnp.float32), axis=1).astype(x.dtype)
-    return dx, dw, dgates[plan.slot]
+    dx = jnp.sum(_returned(dxs, plan).astype(jnp.float32), axis=1).astype(x.dtype)
+    return dx, dw, _returned(dgates, plan)
 
 
 def _weight_gradients(weights: ExpertWeights, plan: Dispatch, block, xt, ht, dgus, dys):
@@ -205,11 +212,16 @@ def _weight_gradients(weights: ExpertWeights, plan: Dispatch, block, xt, ht, dgu
     )
 
 
+def _returned(rows, plan: Dispatch):
+    """What the slots hold, at their assignments [N, K, ...]; zeros for those of no expert."""
+    here = plan.here.reshape(*plan.here.shape, *(1,) * (rows.ndim - 1))
+    return jnp.where(here, rows[plan.slot], 0)
+
+
 def _combine(ys, plan: Dispatch, gates):
     """fp32 sum over the K experts of a token."""
-    return jnp.einsum(
-        "nkd,nk->nd", ys[plan.slot].astype(jnp.float32), gates, precision=lax.Precision.HIGHEST
-    )
+    rows = _returned(ys, plan).astype(jnp.float32)
+    return jnp.einsum("nkd,nk->nd", rows, gates, precision=lax.Precision.HIGHEST)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -244,18 +256,6 @@ def _experts_batched(x, weights, gates, ids, block):
     return _combine(ys, plan, gates)
 
 
-def _experts_ragged(x, weights, gates, ids):
-    n, k = ids.shape
-    flat = ids.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    inverse = jnp.zeros(n * k, jnp.int32).at[order].set(jnp.arange(n * k), unique_indices=True)
-    sizes = jnp.sum(flat[:, None] == jnp.arange(weights.gate.shape[0]), axis=0, dtype=jnp.int32)
-    xs = x[order // k]
-    h = _silu_mul(lax.ragged_dot(xs, weights.gate, sizes), lax.ragged_dot(xs, weights.up, sizes))
-    ys = lax.ragged_dot(h, weights.down, sizes)[inverse].reshape(n, k, -1)
-    return jnp.einsum("nkd,nk->nd", ys.astype(jnp.float32), gates, precision=lax.Precision.HIGHEST)
-
-
 def _experts_dense(x, weights, gates, ids):
     onehot = ids[..., None] == jnp.arange(weights.gate.shape[0])
     mix = jnp.sum(gates[..., None] * onehot, axis=1)
@@ -274,17 +274,24 @@ def apply_experts(
     *,
     impl: str,
     block: int = 0,
+    share: float = 1.0,
 ) -> Float[Array, "N D"]:
     """sum_k gates[n, k] * SwiGLU_{ids[n, k]}(x[n]), combined in fp32; no assignment is dropped.
 
-    `impl` is one of IMPLEMENTATIONS; `block` the rows a block (0: by the load). Raises
-    ValueError for another `impl`.
+    Args:
+      ids: experts; E and above are none.
+      impl: one of IMPLEMENTATIONS.
+      block: rows a block (0: by the load).
+      share: of the assignments, how many to expect here. Nothing is wrong where there are more.
+
+    Raises ValueError for another `impl`.
     """
     if impl == "dense":
         return _experts_dense(x, weights, gates, ids)
+    expected = max(1, round(ids.size * share))
     if impl == "ragged":
-        return _experts_ragged(x, weights, gates, ids)
-    size = block or choose_block_size(ids.size, weights.gate.shape[0])
+        return experts_ragged(x, *weights, gates, ids, expected)
+    size = block or choose_block_size(expected, weights.gate.shape[0])
     if impl == "batched":
         return _experts_batched(x, weights, gates, ids, size)
     if impl == "blocks":

@@ -7,15 +7,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from pr2jax.core.params import ParamSpec, fan_in, zeros
-from pr2jax.core.sharding import BATCH_AXES, batch_shards
+from pr2jax.core.sharding import Rules
 from pr2jax.models import router
 from pr2jax.models.config import ModelConfig, MoEConfig
 from pr2jax.models.experts import BY_PLATFORM, ExpertWeights, apply_experts
 from pr2jax.models.layers import swiglu
+from pr2jax.models.ring import ring_experts
 
 
 @struct.dataclass
@@ -37,6 +38,7 @@ class MoEOptions(NamedTuple):
     diagnostics: bool
     stats: bool
     mesh: Mesh | None
+    rules: Rules
     platform: str
 
 
@@ -56,13 +58,13 @@ def moe_specs(cfg: ModelConfig, repeats: int) -> dict:
     moe = cfg.moe
     r, d, e, f = repeats, cfg.d_model, moe.num_experts, moe.expert_dim
     down = fan_in(-2, scale=(2 * cfg.num_layers) ** -0.5)
-    wide = ("layers", "experts", "embed", "mlp")
+    wide = ("layers", "experts", "expert_embed", "mlp")
     specs = {
         "router": {"kernel": ParamSpec((r, d, e), ("layers", None, None), fan_in(-2))},
         "experts": {
             "gate": ParamSpec((r, e, d, f), wide, fan_in(-2)),
             "up": ParamSpec((r, e, d, f), wide, fan_in(-2)),
-            "down": ParamSpec((r, e, f, d), ("layers", "experts", "mlp", "embed"), down),
+            "down": ParamSpec((r, e, f, d), ("layers", "experts", "mlp", "expert_embed"), down),
         },
     }
     if moe.selection_bias:
@@ -82,28 +84,18 @@ def dispatch(
     moe: MoEConfig,
     options: MoEOptions,
 ) -> Float[Array, "B T D"]:
-    """Sends tokens to their experts and combines in fp32, each data shard its own tokens.
-
-    Rows that the mesh does not divide (a small prefill) are computed whole on every device.
-    """
-    impl = BY_PLATFORM[options.platform] if moe.impl == "auto" else moe.impl
-
-    def local(x, weights, gates, ids):
-        flat = lambda a: a.reshape(-1, a.shape[-1])
-        y = apply_experts(flat(x), weights, flat(gates), flat(ids), impl=impl, block=moe.block_size)
-        return y.reshape(x.shape)
-
+    """Sends tokens to their experts, on whatever device those are, and combines in fp32."""
     mesh = options.mesh
-    if mesh is None or batch_shards(mesh) == 1 or x.shape[0] % batch_shards(mesh):
-        return local(x, weights, gates, ids)
-    rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(rows, ExpertWeights(whole, whole, whole), rows, rows),
-        out_specs=rows,
-        check_vma=False,
-    )(x, weights, gates, ids)
+    impl = BY_PLATFORM[options.platform] if moe.impl == "auto" else moe.impl
+    if mesh is not None:
+        if moe.impl == "auto" and impl == "batched" and mesh.shape["expert"] > 1:
+            impl = "blocks"  # whose work follows the assignments; batched does the worst case's
+        return ring_experts(
+            x, weights, gates, ids, mesh=mesh, rules=options.rules, impl=impl, block=moe.block_size
+        )
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    y = apply_experts(flat(x), weights, flat(gates), flat(ids), impl=impl, block=moe.block_size)
+    return y.reshape(x.shape)
 
 
 def _at(values: Float[Array, "B T X"], positions: Int[Array, "B C"] | None):
@@ -140,7 +132,8 @@ def moe_layer(
         ids = router.select(logits, bias, moe)
     gates = router.gates(logits, ids, moe)
     weights = ExpertWeights(*(params["experts"][n].astype(x.dtype) for n in ExpertWeights._fields))
-    y = dispatch(x, weights, gates, ids, moe, options)
+    wanted = jnp.where(real[..., None], ids, moe.num_experts)  # padding goes to no expert
+    y = dispatch(x, weights, gates, wanted, moe, options)
     if "shared" in params:
         y = y + swiglu(params["shared"], x).astype(jnp.float32)
 

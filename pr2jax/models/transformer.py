@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from pr2jax.core.params import ParamSpec, fan_in, map_with_path, normal, ones
-from pr2jax.core.sharding import batch_sharding, batch_shards
+from pr2jax.core.sharding import RULES, Rules, row_sharding
 from pr2jax.models.attention import (
     attention,
     attention_specs,
@@ -189,9 +189,7 @@ def _block(params, x, cache, layer, routes, shift, *, spec, cfg, shared):
 
 def _split_rows(x: Float[Array, "B T D"], mesh: Mesh | None):
     """Lays the residual stream out by rows; else it would take the embedding table's layout."""
-    if mesh is None or x.shape[0] % batch_shards(mesh):
-        return x
-    return lax.with_sharding_constraint(x, batch_sharding(mesh, x.ndim))
+    return x if mesh is None else lax.with_sharding_constraint(x, row_sharding(mesh, x.shape))
 
 
 def _rematerialise(fn, mode: str):
@@ -297,6 +295,7 @@ def forward(
     dtype=jnp.float32,
     read_length: int | None = None,
     mesh: Mesh | None = None,
+    rules: Rules = RULES,
     unroll: bool | None = None,
 ) -> ForwardOutput:
     """Runs the stack on packed rows, or on rows continued from a cache.
@@ -311,6 +310,7 @@ def forward(
       stats: also load-balancing and z losses and expert loads.
       dtype: of the residual stream and the products; routers and norms stay in fp32.
       read_length: how much of the cache attention reads (default: all); static.
+      mesh, rules: the devices, and how the parameters lie on them.
       unroll: layers as straight code instead of a scan (default: not cfg.scan_layers).
 
     Raises ValueError when both `routes` and `shift` are given, or a shape does not fit.
@@ -332,7 +332,7 @@ def forward(
         "masks": _masks(stack, positions, segment_ids, impl, read_length),
         "impl": impl,
         "read_length": read_length,
-        "options": MoEOptions(record, diagnostics, stats, mesh, platform),
+        "options": MoEOptions(record, diagnostics, stats, mesh, rules, platform),
     }
     unroll = (not cfg.scan_layers) if unroll is None else unroll
     x = _split_rows(params["embed"]["table"][tokens].astype(dtype), mesh)

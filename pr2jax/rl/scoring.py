@@ -75,7 +75,7 @@ def score(
         )
         targets = to_inputs(rows.tokens)
         logp, _ = token_logprobs(
-            params, out.hidden, targets, cfg=model_cfg, temperature=temperature
+            params, out.hidden, targets, cfg=model_cfg, temperature=temperature, mesh=mesh
         )
         logp = jnp.pad(logp[:, :-1], ((0, 0), (1, 0))) * rows.segment_ids
         features = None

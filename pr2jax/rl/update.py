@@ -134,6 +134,7 @@ def _policy_loss(
         cfg=step.model,
         temperature=rl.sampling.temperature,
         entropy=True,
+        mesh=step.mesh,
     )
     mask = to_inputs(batch.loss_mask)
     old = to_inputs(batch.old_logprobs)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pr2jax.core.rng import named
-from pr2jax.core.sharding import batch_sharding
+from pr2jax.core.sharding import RULES, Rules, batch_sharding, batch_shards, decode_rules
 from pr2jax.models.cache import Cache, init_cache
 from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.logprobs import logits as head_logits
@@ -72,12 +72,19 @@ class Admission:
     row: Int[Array, " F"]
 
 
+def parameter_rules(cfg: ModelConfig, mesh: Mesh | None) -> Rules:
+    """How `prefill` and `decode_chunk` want the parameters to lie."""
+    if mesh is None:
+        return RULES
+    return decode_rules(mesh, cfg.moe.num_experts if cfg.moe else 1)
+
+
 def constrain(tree, mesh: Mesh | None, rows: int):
-    """Splits the row axis (0, or 1 behind a layer axis) of every leaf over ("data", "fsdp").
+    """Splits the row axis (0, or 1 behind a layer axis) of every leaf over the batch axes.
 
     Without a mesh, or where the mesh does not divide the rows, the tree is returned as it is.
     """
-    if mesh is None or rows % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if mesh is None or rows % (batch_shards(mesh)):
         return tree
 
     def one(leaf):
@@ -155,6 +162,7 @@ def prefill(
         dtype=dtype,
         read_length=width,
         mesh=mesh,
+        rules=parameter_rules(cfg, mesh),
     )
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(out.hidden, last, axis=1)[:, 0]
@@ -319,6 +327,7 @@ def decode_chunk(
             dtype=dtype,
             read_length=read_length,
             mesh=mesh,
+            rules=parameter_rules(cfg, mesh),
             unroll=unroll,
         )
         # Apart from the norm before it and the softmax after it: fused with them, XLA:CPU runs the

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from pr2jax.core.config import ConfigError
 from pr2jax.core.rng import named, root
+from pr2jax.core.sharding import BATCH_AXES, batch_shards
 from pr2jax.data.tokenizer import encode_prompt
 from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.predictor import RouterFeatures
@@ -67,10 +68,10 @@ class Sampler:
     ):
         """Raises ConfigError for a bad `config`, or slots that the mesh does not divide."""
         config.validate()
-        if mesh is not None and config.slots % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        if mesh is not None and config.slots % batch_shards(mesh):
             raise ConfigError(
-                f"slots: {config.slots} rows are not divided by the mesh's data x fsdp = "
-                f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices"
+                f"slots: {config.slots} rows are not divided by the mesh's "
+                f"{' x '.join(BATCH_AXES)} = {batch_shards(mesh)} devices"
             )
         self.model_cfg, self.config = model_cfg, config
         self.tokenizer, self.params = tokenizer, params

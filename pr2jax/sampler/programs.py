@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pr2jax.core.sharding import batch_shards, param_shardings
 from pr2jax.models.config import ModelConfig
 from pr2jax.models.predictor import RouterFeatures
-from pr2jax.models.transformer import product_params
+from pr2jax.models.transformer import param_specs, product_params
 from pr2jax.sampler import decode
 from pr2jax.sampler.sampling import Draw
 from pr2jax.sampler.types import SamplerConfig
@@ -51,7 +54,7 @@ class Programs:
         self.capacity = config.max_prompt + config.max_tokens
         self.prompt_lengths = ladder(config.bucket, config.max_prompt)
         self.read_lengths = ladder(config.bucket, self.capacity)
-        shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = 1 if mesh is None else batch_shards(mesh)
         self.prefill_rows = -(-config.prefill_rows // shards) * shards
         names = ("prefills", "prefill_rows", "fan_outs", "decode_chunks", "decode_steps")
         self.stats = dict.fromkeys((*names, "requests", "tokens", "programs"), 0)
@@ -71,8 +74,22 @@ class Programs:
             donate_argnums=(1, 2),
         )
         self._read_out = jax.jit(decode.read_out)
-        self._cast = jax.jit(partial(product_params, cfg=cfg, dtype=dtype))
+        rules = decode.parameter_rules(cfg, mesh)
+        self._placed = None if mesh is None else param_shardings(param_specs(cfg), mesh, rules)
+        cast = partial(product_params, cfg=cfg, dtype=dtype)
+        self._cast = jax.jit(cast, out_shardings=self._placed)
         self._dtype = dtype
+
+    def jitted(self) -> dict[str, Callable[..., Any]]:
+        """The jitted functions by name, for who compiles them without running them."""
+        return {
+            "init_slots": self.init_slots,
+            "init_features": self._init_features,
+            "cast": self._cast,
+            "prefill": self._prefill,
+            "fan_out": self._fan_out,
+            "decode": self._decode,
+        }
 
     def bound(self) -> int:
         """Most programs for one kind of draw, one size of features, with or without a shift."""
@@ -100,9 +117,10 @@ class Programs:
         return {"draw": told or "plain", "stop ids": len(draw.stop_ids)}
 
     def prepare(self, params):
-        """What `prefill` and `decode` take for `params`: weights of products cast once."""
+        """What `prefill` and `decode` take for `params`: weights of products cast once, and laid
+        out over the mesh for steps of few tokens, on the devices and in one program."""
         same = all(leaf.dtype == self._dtype for leaf in jax.tree.leaves(params))
-        if same:
+        if same and self._placed is None:
             return params
         self._count("cast")
         return self._cast(params)

@@ -16,7 +16,7 @@ from pr2jax.sampler.sampling import make_draw
 from pr2jax.sampler.types import FINISH_LENGTH, FINISH_STOP, SamplingParams
 
 # Requests that one fan-out or read-out call moves: few, since both copy whole rows.
-_MOVE_ROWS = 32
+MOVE_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Run:
             self.prefix = self.programs.prefill(self.params, prompts, width, self.shift)
             self.prefix_batch = batch
         slots = len(self.request)
-        moved = min(_MOVE_ROWS, slots)
+        moved = min(MOVE_ROWS, slots)
         entry = decode.Admission(
             slot=np.full(moved, slots, np.int32),
             source=np.zeros(moved, np.int32),
@@ -181,7 +181,7 @@ class Run:
     def _read_out(self) -> None:
         """Brings the rows that are done to the host and frees their slots."""
         done = [s for s, r in enumerate(self.request) if r is not None and not self.live[s]]
-        moved = min(_MOVE_ROWS, len(self.request))
+        moved = min(MOVE_ROWS, len(self.request))
         for i in range(0, len(done), moved):
             part = done[i : i + moved]
             index = np.zeros(moved, np.int32)

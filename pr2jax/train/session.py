@@ -28,7 +28,7 @@ from pr2jax.core.params import (
     init_params,
     map_with_path,
 )
-from pr2jax.core.sharding import make_mesh, param_shardings
+from pr2jax.core.sharding import BATCH_AXES, batch_shards, make_mesh, param_shardings
 from pr2jax.data.tokenizer import (
     Tokenizer,
     TokenizerConfig,
@@ -218,7 +218,7 @@ def _model_of(source: str) -> ModelConfig:
     return _saved(checkpoint_folder(source))[0]
 
 
-def _like_checkpoint(cfg: Config) -> Config:
+def like_checkpoint(cfg: Config) -> Config:
     """`cfg` with the model (and tokenizer, where it is known) of `init_from`, upcycled if told so.
 
     What says how to compute rather than what (kernels, rematerialisation, chunks), and whether
@@ -250,9 +250,10 @@ def _like_checkpoint(cfg: Config) -> Config:
     return found
 
 
-def _check_batches(cfg: Config, mesh: Mesh) -> None:
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    sizes = {"sampler.slots": cfg.sampler.slots, "sampler.prefill_rows": cfg.sampler.prefill_rows}
+def check_batches(cfg: Config, mesh: Mesh) -> None:
+    """Raises ConfigError for a batch whose rows the mesh does not divide."""
+    rows = batch_shards(mesh)
+    sizes = {"sampler.slots": cfg.sampler.slots}
     if cfg.mode in ("sft", "sft_then_rl"):
         sizes["sft.batch"] = cfg.sft.batch
     if cfg.mode in ("rl", "sft_then_rl"):
@@ -262,7 +263,8 @@ def _check_batches(cfg: Config, mesh: Mesh) -> None:
     for key, size in sizes.items():
         if size % rows:
             raise ConfigError(
-                f"{key}: {size} rows are not divided by mesh.data x mesh.fsdp = {rows} devices"
+                f"{key}: {size} rows are not divided by "
+                f"{' x '.join(f'mesh.{axis}' for axis in BATCH_AXES)} = {rows} devices"
             )
 
 
@@ -276,14 +278,14 @@ def open_session(
     """
     started = time.monotonic()
     if cfg.init_from:
-        cfg = _like_checkpoint(cfg)
+        cfg = like_checkpoint(cfg)
     tokenizer = build_tokenizer(cfg.tokenizer)
     cfg = with_vocab_size(cfg, tokenizer.vocab_size)
     mesh = make_mesh(cfg.mesh, devices)
     if mesh.size == 1:
         mesh = None
     else:
-        _check_batches(cfg, mesh)
+        check_batches(cfg, mesh)
     dtype, reason = resolve_dtype(cfg.compute_dtype)
     specs = param_specs(cfg.model)
     shardings = None if mesh is None else param_shardings(specs, mesh)

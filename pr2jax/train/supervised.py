@@ -48,7 +48,7 @@ def target_logprobs(
     )
     shift = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
     # A target is predicted from the position before it; the first of a segment is never one.
-    logp, _ = token_logprobs(params, out.hidden, shift(batch.tokens), cfg=model)
+    logp, _ = token_logprobs(params, out.hidden, shift(batch.tokens), cfg=model, mesh=mesh)
     return logp, shift(batch.loss_mask), out
 
 

@@ -47,11 +47,11 @@ def test_mesh_sizes_are_validated(cfg, key):
 
 def test_partition_specs():
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
-    experts = spec((3, 4, 8, 6), "layers", "experts", "embed", "mlp")
+    experts = spec((3, 4, 8, 6), "layers", "experts", "expert_embed", "mlp")
     assert partition_spec("w", experts, mesh) == P(None, "expert", "fsdp", "tensor")
     assert partition_spec("s", spec((8,), "norm"), mesh) == P()
     assert partition_spec("o", spec((4, 6, 8), "heads", None, "embed"), mesh) == P(
-        "tensor", None, "fsdp"
+        "tensor", None, ("fsdp", "expert")
     )
     both = {"embed": ("fsdp", "tensor")}
     assert partition_spec("e", spec((8, 3), "embed", None), mesh, both) == P(("fsdp", "tensor"))

@@ -121,8 +121,11 @@ def gates(logits, ids, moe):
     return w * moe.routed_scaling
 
 
-def moe_layer(p, x, moe, routes=None, shift=None):
-    """One row [T, D] -> (y, ids [T, K], logits [T, E]), token by token, expert by expert."""
+def moe_layer(p, x, moe, routes=None, shift=None, real=None):
+    """One row [T, D] -> (y, ids [T, K], logits [T, E]), token by token, expert by expert.
+
+    Tokens that are not `real` are routed, and sent to no expert.
+    """
     logits = x @ p["router"]["kernel"]
     moved = logits if shift is None else logits + x @ shift
     ids = np.zeros((len(x), moe.top_k), int)
@@ -130,7 +133,8 @@ def moe_layer(p, x, moe, routes=None, shift=None):
     for t in range(len(x)):
         bias = p["router"].get("selection_bias")
         ids[t] = select(moved[t], bias, moe) if routes is None else routes[t]
-        for e, w in zip(ids[t], gates(logits[t], ids[t], moe), strict=True):
+        sent = real is None or real[t]
+        for e, w in zip(ids[t], gates(logits[t], ids[t], moe), strict=True) if sent else ():
             y[t] += w * mlp({n: p["experts"][n][e] for n in ("gate", "up", "down")}, x[t])
         if "shared" in p:
             y[t] += mlp(p["shared"], x[t])
@@ -151,9 +155,9 @@ def forward(params, tokens, positions, segment_ids, cfg, routes=None, shift=None
             if spec.moe:
                 n = len(ids)
                 forced = None if routes is None else routes[n][b]
-                y, i, g = moe_layer(
-                    p["moe"], h, cfg.moe, forced, None if shift is None else shift[n]
-                )
+                own = None if shift is None else shift[n]
+                real = np.asarray(segment_ids[b]) > 0
+                y, i, g = moe_layer(p["moe"], h, cfg.moe, forced, own, real)
                 ids.append(i)
                 logits.append(g)
                 inputs.append(h)

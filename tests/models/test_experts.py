@@ -13,6 +13,7 @@ from pr2jax.models.experts import (
     choose_block_size,
     plan_dispatch,
 )
+from pr2jax.models.ragged import experts_ragged
 from tests.models import oracle
 
 D, F, E = 6, 5, 7
@@ -42,15 +43,20 @@ LOADS = {
     "one_expert_gets_everything": np.full((13, 1), 4, np.int32),
     "empty_experts": np.array([[0, 6], [6, 0], [0, 6], [3, 6], [6, 0]], np.int32),
     "all_experts": distinct(3, E),
+    # An id of E or above is no expert's: another device's, padding, or nothing at all.
+    "some_of_no_expert": np.where(distinct(24, 2) > 3, E + 2, distinct(24, 2)),
+    "all_of_no_expert": np.full((9, 2), E, np.int32),
 }
 
 
-def by_hand(ids, x, weights, gates, dy):
+def by_hand(ids, x, weights, gates, dy, experts=E):
     """Value and gradients of sum(y * dy), one assignment at a time, float64."""
     y, dx, dgates = np.zeros_like(x), np.zeros_like(x), np.zeros_like(gates)
     dw = ExpertWeights(*map(np.zeros_like, weights))
     for n, row in enumerate(ids):
         for k, e in enumerate(row):
+            if e >= experts:
+                continue
             wg, wu, wd = (w[e] for w in weights)
             g, u = x[n] @ wg, x[n] @ wu
             s = oracle.sigmoid(g)
@@ -69,13 +75,13 @@ def by_hand(ids, x, weights, gates, dy):
 def run(ids, case, impl, block, dtype=jnp.float32):
     """(y, dx, dweights, dgates) as the implementation computes them."""
 
+    def apply(x, weights, gates):
+        if impl == "pieces":
+            return experts_ragged(x, *weights, gates, jnp.asarray(ids), ids.size, rows=block)
+        return apply_experts(x, weights, gates, jnp.asarray(ids), impl=impl, block=block)
+
     def fn(x, weights, gates, dy):
-        y, pull = jax.vjp(
-            lambda *a: apply_experts(*a, jnp.asarray(ids), impl=impl, block=block),
-            x,
-            weights,
-            gates,
-        )
+        y, pull = jax.vjp(apply, x, weights, gates)
         return y, *pull(dy)
 
     cast = lambda t: jax.tree.map(lambda a: jnp.asarray(a, dtype), t)
@@ -88,13 +94,27 @@ def run(ids, case, impl, block, dtype=jnp.float32):
 
 
 SETTINGS = [("dense", 0), ("batched", 4), ("ragged", 0), ("blocks", 0), ("blocks", 1)]
-CASES = [(load, *s) for load in ("even", "empty_experts") for s in SETTINGS] + [
+AWKWARD = ("even", "empty_experts", "some_of_no_expert")
+CASES = [(load, *s) for load in AWKWARD for s in SETTINGS] + [
     (load, "blocks", b)
     for load, b in (
         ("fewer_assignments_than_experts", 0),
         ("one_token", 2),
         ("one_expert_gets_everything", 5),
         ("all_experts", 64),
+        ("all_of_no_expert", 4),
+    )
+]
+# Ragged products in pieces of so many sorted assignments: some, one, more than there are.
+CASES += [
+    (load, "pieces", rows)
+    for load, rows in (
+        ("even", 20),
+        ("empty_experts", 3),
+        ("one_expert_gets_everything", 5),
+        ("some_of_no_expert", 7),
+        ("all_of_no_expert", 4),
+        ("one_token", 3),
     )
 ]
 
@@ -125,15 +145,16 @@ def test_bf16_products_fp32_combine():
 @pytest.mark.parametrize("load", LOADS)
 def test_plan_places_every_assignment_once(load, block):
     ids = LOADS[load]
-    n, k = ids.shape
     plan = jax.device_get(oracle.compiled(partial(plan_dispatch, num_experts=E, block=block))(ids))
     valid = plan.valid.astype(bool)
-    assert sorted(plan.assignment[valid]) == list(range(n * k))  # dropless, none twice
-    np.testing.assert_array_equal(plan.token[valid], plan.assignment[valid] // k)
+    here = np.flatnonzero(ids.reshape(-1) < E)
+    assert sorted(plan.assignment[valid]) == list(here)  # dropless, none twice
+    np.testing.assert_array_equal(plan.here, ids < E)
+    np.testing.assert_array_equal(plan.token[valid], plan.assignment[valid] // ids.shape[1])
     expert_of_slot = np.repeat(plan.block_expert, block)
     np.testing.assert_array_equal(expert_of_slot[valid], ids.reshape(-1)[plan.assignment[valid]])
-    np.testing.assert_array_equal(plan.assignment[plan.slot.reshape(-1)], np.arange(n * k))
-    assert valid[plan.slot.reshape(-1)].all()
+    np.testing.assert_array_equal(plan.assignment[plan.slot.reshape(-1)[here]], here)
+    assert valid[plan.slot.reshape(-1)[here]].all()
     # Compute follows the assignments: blocks in use = sum over experts of ceil(load / block).
     in_use = sum(-(-int((ids == e).sum()) // block) for e in range(E))
     assert plan.num_blocks == in_use <= len(plan.block_expert)

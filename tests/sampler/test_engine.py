@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from pr2jax.core import rng
-from pr2jax.core.sharding import MeshConfig, make_mesh
+from pr2jax.core.sharding import MeshConfig, make_mesh, param_shardings
 from pr2jax.models.predictor import reservoir_positions
+from pr2jax.models.transformer import param_specs
 from pr2jax.sampler.programs import ladder
 from pr2jax.sampler.types import FINISH_LENGTH, FINISH_STOP, SamplerConfig, SamplingParams
 
@@ -256,6 +257,26 @@ def test_data_parallel_slots(world, oracle):
     odd = SamplerConfig(slots=6, max_prompt=16, max_tokens=12)
     with pytest.raises(ValueError, match="slots: 6"):
         type(world.one)(world.cfg, odd, params=world.params, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    "axes", [{"expert": 4}, pytest.param({"fsdp": 2, "expert": 2}, marks=pytest.mark.slow)]
+)
+def test_expert_parallel_tokens_and_routes_are_one_devices(world, oracle, axes):
+    """Weights come off the learner's layout; experts are spread over every device for decode."""
+    mesh = make_mesh(MeshConfig(**axes), jax.devices()[:4])
+    placed = jax.device_put(world.params, param_shardings(param_specs(world.cfg), mesh))
+    config = dataclasses.replace(world.one.config, slots=12, prefill_rows=3)
+    sampler = type(world.one)(world.cfg, config, params=placed, mesh=mesh)
+    rollout, features = sampler.rollout(world.prompts, 3, PLAIN, key=KEY, feature_tokens=4)
+    alone, own = world.one.rollout(world.prompts, 3, PLAIN, key=KEY, feature_tokens=4)
+    np.testing.assert_array_equal(rollout.tokens, alone.tokens)
+    np.testing.assert_array_equal(rollout.routes, alone.routes)
+    np.testing.assert_allclose(rollout.behavior_logprobs, oracle(rollout), atol=1e-4)
+    np.testing.assert_allclose(features.logits, own.logits, atol=1e-4)
+    experts = sampler.programs.prepare(placed)["segment_1"]["block_0"]["moe"]["experts"]["gate"]
+    shapes = {s.data.shape[1] for s in experts.addressable_shards}
+    assert shapes == {world.cfg.moe.num_experts // 4}
 
 
 def test_programs_are_counted_as_compiled(world):
