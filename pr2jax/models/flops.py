@@ -26,20 +26,35 @@ def active_params(cfg: ModelConfig) -> int:
     return sum(sizes)
 
 
+def _attention_flops(cfg: ModelConfig) -> tuple[int, int]:
+    """Of one layer: operations of a token's projections, and of each position it attends to."""
+    d, h, mla = cfg.d_model, cfg.num_heads, cfg.mla
+    if mla is None:
+        width = h * cfg.head_dim
+        return 2 * d * (2 * width + 2 * cfg.num_kv_heads * cfg.head_dim), 4 * width
+    inner = mla.q_lora_rank
+    queries = inner * (d + h * mla.qk_head_dim) if inner else d * h * mla.qk_head_dim
+    latents = d * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    expansion = mla.kv_lora_rank * h * (mla.qk_nope_head_dim + mla.v_head_dim)
+    out = h * mla.v_head_dim * d
+    return 2 * (queries + latents + expansion + out), 2 * h * (mla.qk_head_dim + mla.v_head_dim)
+
+
 def forward_flops(cfg: ModelConfig, tokens: int, context: float) -> float:
     """Floating-point operations of a forward over `tokens` tokens, LM head included.
 
     Two for each multiply-add of the matrix products; norms, softmaxes and look-ups are left out.
     `context` is the mean number of positions a token attends to (about T / 2 for a causal row of
     T tokens); sliding windows cap it. A training step takes three times as many (Kaplan et al.
-    2020, Section 2.1), without rematerialisation.
+    2020, Section 2.1), without rematerialisation. Latent attention is counted expanded; absorbed,
+    as a decode step has it, a position takes 2 H (2 c + r) in place of 2 H (n + r + v).
     """
-    d, width = cfg.d_model, cfg.num_heads * cfg.head_dim
-    projections = 2 * d * (2 * width + 2 * cfg.num_kv_heads * cfg.head_dim)
+    d = cfg.d_model
+    projections, position = _attention_flops(cfg)
     per_token: float = 2 * d * cfg.vocab_size
     for block in block_specs(cfg):
         seen = min(context, block.window) if block.window else context
-        per_token += projections + 4 * width * seen
+        per_token += projections + position * seen
         if block.moe:
             moe = cfg.moe
             per_token += 2 * d * moe.num_experts

@@ -8,7 +8,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import load_file
 
-from pr2jax.models.config import ModelConfig, MoEConfig
+from pr2jax.models.config import MLAConfig, ModelConfig, MoEConfig
 from pr2jax.models.transformer import param_specs
 
 QWEN = ModelConfig(
@@ -28,6 +28,28 @@ OLMOE = dataclasses.replace(
 )
 QWEN_DENSE = dataclasses.replace(QWEN, moe=None)
 LLAMA = dataclasses.replace(QWEN_DENSE, qk_norm="none")
+MIXTRAL = dataclasses.replace(QWEN, qk_norm="none", norm_eps=1e-5)
+# Moonlight's shape: no latent of the queries, two shared experts, one group, a dense layer first.
+MOONLIGHT = dataclasses.replace(
+    QWEN,
+    num_layers=3,
+    num_kv_heads=4,
+    head_dim=12,
+    first_dense=1,
+    qk_norm="none",
+    norm_eps=1e-5,
+    rope_theta=5e4,
+    mla=MLAConfig(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6),
+    moe=MoEConfig(
+        num_experts=8,
+        top_k=3,
+        expert_dim=16,
+        shared_dim=32,
+        score="sigmoid",
+        selection_bias=True,
+        routed_scaling=2.446,
+    ),
+)
 
 
 def change(cfg, moe=None, **fields):

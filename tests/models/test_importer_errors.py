@@ -17,7 +17,9 @@ from safetensors.numpy import load_file, save_file
 from pr2jax.core.checkpoint import Checkpointer
 from pr2jax.core.params import abstract_params
 from pr2jax.core.sharding import MeshConfig, make_mesh, param_shardings
+from pr2jax.models.config import MLAConfig, RopeScaling
 from pr2jax.models.importers import files, hf, store
+from pr2jax.models.importers.families import FAMILIES
 from pr2jax.models.importers.hf import (
     CheckpointFormatError,
     export_checkpoint,
@@ -25,8 +27,11 @@ from pr2jax.models.importers.hf import (
     load_params,
 )
 from pr2jax.models.transformer import param_specs
+from pr2jax.models.upcycling import UpcycleConfig, upcycle, upcycled_config
 from tests.models.checkpoints import (
     LLAMA,
+    MIXTRAL,
+    MOONLIGHT,
     OLMOE,
     QWEN,
     QWEN_DENSE,
@@ -86,7 +91,8 @@ def test_wrong_tensors_are_named(folder, fn, message):
     [
         (
             {"model_type": "mamba"},
-            r"unknown model_type 'mamba' .*; known: llama, olmoe, qwen3, qwen3_moe",
+            r"unknown model_type 'mamba' .*; "
+            "known: deepseek_v3, llama, mixtral, olmoe, qwen3, qwen3_moe",
         ),
         ({"model_type": "absent"}, r"unknown model_type None"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, 'silu' is"),
@@ -143,6 +149,153 @@ def test_unsupported_dense(tmp_path, cfg, family, changes, message):
     edit_config(tmp_path, **changes)
     with pytest.raises(CheckpointFormatError, match=message):
         import_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "cfg, family, changes, message",
+    [
+        (MIXTRAL, "mixtral", {"attention_bias": True}, "attention_bias=True"),
+        (MIXTRAL, "mixtral", {"num_key_value_heads": "absent"}, "num_key_value_heads is missing"),
+        (MIXTRAL, "mixtral", {"num_local_experts": "absent"}, "num_experts is missing"),
+        (MOONLIGHT, "deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        (MOONLIGHT, "deepseek_v3", {"topk_method": "greedy"}, "topk_method='greedy'"),
+        (MOONLIGHT, "deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        (MOONLIGHT, "deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
+        (MOONLIGHT, "deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        (MOONLIGHT, "deepseek_v3", {"kv_lora_rank": "absent"}, "kv_lora_rank is missing"),
+        (MOONLIGHT, "deepseek_v3", {"n_group": 3}, "moe.num_groups: 3 does not divide"),
+        (MOONLIGHT, "deepseek_v3", {"qk_rope_head_dim": 3}, "mla.qk_rope_head_dim: rotary"),
+        (
+            MOONLIGHT,
+            "deepseek_v3",
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}},
+            "'linear' with mscale_all_dim is not supported",
+        ),
+        (
+            MOONLIGHT,
+            "deepseek_v3",
+            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+            "rope type 'longrope' is not supported",
+        ),
+        (MOONLIGHT, "deepseek_v3", {"q_lora_rank": 8}, r"missing \(9\): .*q_a_"),
+    ],
+)
+def test_unsupported_moe_families(tmp_path, cfg, family, changes, message):
+    export_checkpoint(cfg, random_params(cfg), tmp_path, family)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(CheckpointFormatError, match=message):
+        import_checkpoint(tmp_path)
+
+
+def test_layers_behind_the_last_are_not_ignored(tmp_path):
+    """DeepSeek's layer of multi-token prediction, which this transformer does not have."""
+    export_checkpoint(MOONLIGHT, random_params(MOONLIGHT), tmp_path)
+    name = "model.layers.3.eh_proj.weight"
+    edit_tensors(tmp_path, lambda t: t.update({name: np.zeros((2, 2), np.float32)}))
+    with pytest.raises(CheckpointFormatError, match=rf"not in this model \(1\): {name}"):
+        import_checkpoint(tmp_path)
+
+
+def test_selection_biases_keep_their_precision(tmp_path):
+    """Where all else goes to bfloat16: sigmoid scores stand closer than it tells apart."""
+    params = random_params(MOONLIGHT)
+    bias = params["segment_1"]["block_0"]["moe"]["router"]["selection_bias"]
+    export_checkpoint(MOONLIGHT, params, tmp_path / "half", dtype=ml_dtypes.bfloat16)
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
+    _, stored = import_checkpoint(tmp_path / "half")
+    _, cast = import_checkpoint(tmp_path / "half", dtype=ml_dtypes.bfloat16)
+    for got in (stored, cast):
+        assert got["embed"]["table"].dtype == ml_dtypes.bfloat16
+        router = got["segment_1"]["block_0"]["moe"]["router"]
+        assert router["kernel"].dtype == ml_dtypes.bfloat16
+        assert router["selection_bias"].tobytes() == bias.tobytes()
+
+
+def test_deepseeks_own_spelling_of_yarn(tmp_path):
+    """Without attention_factor: mscale over mscale_all_dim is that of cosines and sines."""
+    scaling = RopeScaling("yarn", factor=40.0, original_max_position=4096, attention_factor=1.0)
+    mla = dataclasses.replace(MOONLIGHT.mla, yarn_mscale_all_dim=1.0)
+    cfg = dataclasses.replace(MOONLIGHT, rope_scaling=scaling, mla=mla)
+    written = FAMILIES["deepseek_v3"].write_config(cfg)["rope_scaling"]
+    assert written["mscale"] == written["mscale_all_dim"] == 1.0
+    assert "attention_factor" not in written
+    export_checkpoint(MOONLIGHT, random_params(MOONLIGHT), tmp_path)
+    published = {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    }
+    edit_config(tmp_path, rope_scaling=published)
+    assert import_checkpoint(tmp_path)[0] == cfg
+
+
+def test_moonlights_published_config():
+    """The config.json of Moonlight-16B-A3B, whose nulls are absent keys."""
+    published = {
+        "model_type": "deepseek_v3",
+        "attention_bias": False,
+        "aux_loss_alpha": 0.001,
+        "ep_size": 1,
+        "first_k_dense_replace": 1,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 11264,
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 8192,
+        "moe_intermediate_size": 1408,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "norm_topk_prob": True,
+        "num_attention_heads": 16,
+        "num_experts_per_tok": 6,
+        "num_hidden_layers": 27,
+        "num_key_value_heads": 16,
+        "num_nextn_predict_layers": 0,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.446,
+        "scoring_func": "sigmoid",
+        "seq_aux": True,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "v_head_dim": 128,
+        "vocab_size": 163840,
+    }
+    cfg = FAMILIES["deepseek_v3"].read_config(published)
+    assert cfg.mla == MLAConfig(512, 0, 128, 64, 128)
+    assert (cfg.norm_eps, cfg.mla.norm_eps) == (1e-5, 1e-6)
+    assert (cfg.moe.shared_dim, cfg.moe.score, cfg.moe.normalize) == (2816, "sigmoid", "post")
+    written = FAMILIES["deepseek_v3"].write_config(cfg)
+    kept = {k: v for k, v in published.items() if k in written}
+    assert kept == {k: written[k] for k in kept}
+    assert len(kept) == len(published) - 4  # aux_loss_alpha, ep_size, lengths, seq_aux
+
+
+def test_an_upcycled_llama_is_a_mixtral(tmp_path):
+    cfg = upcycled_config(LLAMA, UpcycleConfig(experts=4, top_k=2))
+    params = jax.tree.map(jnp.asarray, random_params(LLAMA))
+    sparse = upcycle(params, LLAMA, UpcycleConfig(experts=4, top_k=2), jax.random.key(0))
+    export_checkpoint(cfg, sparse, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "mixtral"
+    got, imported = import_checkpoint(tmp_path)
+    assert got == cfg
+    assert_same_params(imported, sparse)
+    some = upcycled_config(LLAMA, UpcycleConfig(experts=4, top_k=2, every=2))
+    with pytest.raises(CheckpointFormatError, match=r"mixtral cannot express .*dense_layers=\(0,\)"):
+        FAMILIES["mixtral"].write_config(some)
 
 
 def test_windows_of_a_config_without_layer_types(tmp_path):
@@ -232,6 +385,27 @@ def test_a_stored_tied_head_must_be_the_embedding(tmp_path):
         ("llama", change(LLAMA, sliding_window=4), "sliding_window=4"),
         ("qwen3", change(QWEN, dense_layers=(0,)), r"qwen3 cannot express MoE layers \(layer 1\)"),
         ("qwen3", LLAMA, "qk_norm='none'"),
+        ("mixtral", change(MIXTRAL, {"normalize": "none"}), r"moe\.normalize='none'"),
+        ("mixtral", change(MIXTRAL, {"shared_dim": 8}), r"moe\.shared_dim=8"),
+        ("mixtral", LLAMA, "mixtral cannot express moe=None"),
+        ("mixtral", QWEN, "qk_norm='head'"),
+        ("mixtral", MOONLIGHT, r"mla\.kv_lora_rank=16"),
+        ("deepseek_v3", QWEN, "deepseek_v3 cannot express mla=None"),
+        (
+            "deepseek_v3",
+            dataclasses.replace(MOONLIGHT, moe=None),
+            "deepseek_v3 cannot express moe=None",
+        ),
+        ("deepseek_v3", change(MOONLIGHT, {"score": "softmax"}), r"moe\.score='softmax'"),
+        ("deepseek_v3", change(MOONLIGHT, {"shared_dim": 8}), r"moe\.shared_dim=8"),
+        ("deepseek_v3", change(MOONLIGHT, {"shared_dim": 0}), r"moe\.shared_dim=0"),
+        ("deepseek_v3", change(MOONLIGHT, sliding_window=4), "sliding_window=4"),
+        ("deepseek_v3", change(MOONLIGHT, dense_layers=(2,)), r"dense_layers=\(0, 2\)"),
+        (
+            "deepseek_v3",
+            change(MOONLIGHT, mla=dataclasses.replace(MOONLIGHT.mla, norm_eps=1e-5)),
+            r"mla\.norm_eps=1e-05",
+        ),
         ("mamba", QWEN, "unknown family 'mamba'"),
     ],
 )
@@ -344,7 +518,14 @@ def test_a_selection_bias_is_dropped_where_it_does_nothing(tmp_path, caplog, fam
 
 @pytest.mark.parametrize(
     "cfg, family",
-    [(LLAMA, "llama"), (QWEN_DENSE, "qwen3"), (QWEN, "qwen3_moe"), (OLMOE, "olmoe")],
+    [
+        (LLAMA, "llama"),
+        (QWEN_DENSE, "qwen3"),
+        (QWEN, "qwen3_moe"),
+        (OLMOE, "olmoe"),
+        (MIXTRAL, "mixtral"),
+        (MOONLIGHT, "deepseek_v3"),
+    ],
 )
 def test_the_family_is_found(tmp_path, cfg, family):
     export_checkpoint(cfg, random_params(cfg), tmp_path)

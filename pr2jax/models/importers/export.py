@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 from pr2jax.models.config import ModelConfig
 from pr2jax.models.importers import files
-from pr2jax.models.importers.families import FAMILIES, Family
+from pr2jax.models.importers.families import FAMILIES
+from pr2jax.models.importers.family import Family
 from pr2jax.models.importers.files import INDEX, SINGLE, CheckpointFormatError
 from pr2jax.models.importers.slots import Slot, slots_of
 from pr2jax.models.transformer import param_specs
@@ -52,7 +53,8 @@ def export_checkpoint(
     Args:
       params: tree of `param_specs(cfg)`; numpy, JAX or TensorStore arrays.
       family: a key of FAMILIES; None: the first of them that can express `cfg`.
-      dtype: of the tensors; None keeps each parameter's.
+      dtype: of the tensors but selection biases, which differ by less than half precision tells
+        apart; None keeps each parameter's.
       base_config: a config.json whose other keys (token ids, lengths) are kept.
       drop: which of DROPPABLE to leave out though they were trained.
 
@@ -76,7 +78,9 @@ def export_checkpoint(
     slots = slots_of(written, table)
     dst = Path(dst)
     files.require_empty(dst)
-    kind = {path: np.dtype(dtype or _dtype(leaf)) for path, leaf in flat.items()}
+    kind = {path: np.dtype(_dtype(leaf)) for path, leaf in flat.items()}
+    if dtype is not None:
+        kind |= {p: np.dtype(dtype) for p in flat if not p.endswith(DROPPABLE["selection_bias"])}
     config["torch_dtype"] = kind["embed/table"].name
     _write_shards(dst, slots, flat, kind, max_shard_bytes)
     files.write_json(dst / "config.json", config)
@@ -106,7 +110,7 @@ def _write_shards(
         tensors = {}
         for name in names:
             slot = slots[name]
-            value = slot.row.to_there(_slice(flat[slot.path], slot.index))
+            value = slot.to_there(_slice(flat[slot.path], slot.index))
             tensors[name] = np.ascontiguousarray(value.astype(kind[slot.path]))
             weight_map[name] = file
             total += tensors[name].nbytes
@@ -193,4 +197,5 @@ def _slice(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
 def _without_ours(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json without the other spellings of what `write_config` writes."""
     other = {"rope_parameters", "num_local_experts", "dtype", "original_max_position_embeddings"}
+    other |= {"num_experts", "head_dim", "num_mtp_layers"}
     return {k: v for k, v in config.items() if k not in other}

@@ -58,7 +58,8 @@ def import_checkpoint(
         file, whose tensors are dequantised to fp32.
       dst: folder to write to; then the parameters returned are TensorStore arrays in it, and no
         more than a tensor is held in memory.  None: they are numpy arrays.
-      dtype: of the parameters; None keeps each as it is stored.
+      dtype: of the parameters but selection biases, which differ by less than half precision
+        tells apart; None keeps each as it is stored.
 
     Returns:
       (ModelConfig, parameters in the tree of `param_specs`, the route predictor zero).
@@ -78,8 +79,8 @@ def import_checkpoint(
 
     specs = traverse_util.flatten_dict(param_specs(cfg), sep="/")
     dtypes = {path: np.dtype(dtype or np.float32) for path in specs}
-    if dtype is None:
-        for path in {slot.path for slot in slots.values()}:
+    for path in {slot.path for slot in slots.values()}:
+        if dtype is None or path.endswith(DROPPABLE["selection_bias"]):
             kinds = [found[n].dtype for n, slot in slots.items() if slot.path == path]
             dtypes[path] = jnp.result_type(*kinds)
     if dst is not None:
@@ -92,7 +93,7 @@ def import_checkpoint(
 
     for name, array in source.stream(found, skip=tied_head):
         slot = slots[name]
-        value = slot.row.to_here(array, slot.here).astype(dtypes[slot.path])
+        value = slot.to_here(array).astype(dtypes[slot.path])
         if dst is None:
             sink[slot.path][slot.index] = value
         else:

@@ -82,6 +82,12 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": RopeScaling(**scaling)}
 
 
+def read_mscale_all_dim(hf: Mapping[str, Any]) -> float:
+    """Yarn's `mscale_all_dim`, by which DeepSeek-V3 scales its softmax (0: it does not)."""
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    return float(rope.get("mscale_all_dim") or 0.0)
+
+
 def write_rope(cfg: ModelConfig) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`: every version of transformers reads these."""
     s = cfg.rope_scaling
@@ -94,7 +100,13 @@ def write_rope(cfg: ModelConfig) -> dict[str, Any]:
         rope |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
     if s.kind == "yarn":
         rope |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow, "truncate": s.truncate}
-        if s.attention_factor:
+        softmax = 0.0 if cfg.mla is None else cfg.mla.yarn_mscale_all_dim
+        if softmax:
+            rope["mscale_all_dim"] = softmax
+        if softmax and s.attention_factor == 1.0:
+            # DeepSeek's own code knows no attention_factor: it is mscale over mscale_all_dim.
+            rope["mscale"] = softmax
+        elif s.attention_factor:
             rope["attention_factor"] = s.attention_factor
     return {"rope_theta": cfg.rope_theta, "rope_scaling": None if s.kind == "none" else rope}
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
 from flax import traverse_util
 
 from pr2jax.models.config import ModelConfig, segments
 from pr2jax.models.importers import files
-from pr2jax.models.importers.families import Family, Row
+from pr2jax.models.importers.family import Family, Row
 from pr2jax.models.importers.files import CheckpointFormatError
 from pr2jax.models.transformer import param_specs
 
@@ -18,17 +19,40 @@ PREDICTOR = "moe/predictor/kernel"
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where one tensor of a checkpoint goes: params[path][index], of the shape `here`."""
+    """Where one tensor of a checkpoint goes: params[path][index], of the shape `here`.
+
+    Of its last axis the last `rotary` have halves here that alternate there (0: none).
+    """
 
     path: str
     index: tuple[int, ...]
     row: Row
     here: tuple[int, ...]
+    rotary: int = 0
 
     @property
     def there(self) -> tuple[int, ...]:
         """The tensor's shape in the checkpoint."""
         return self.row.shape_there(self.here)
+
+    def to_here(self, array: np.ndarray) -> np.ndarray:
+        """The tensor there as the parameter here."""
+        return _reorder(self.row.to_here(array, self.here), self.rotary, apart=True)
+
+    def to_there(self, array: np.ndarray) -> np.ndarray:
+        """The parameter here as the tensor there."""
+        return self.row.to_there(_reorder(array, self.rotary, apart=False))
+
+
+def _reorder(array: np.ndarray, rotary: int, *, apart: bool) -> np.ndarray:
+    """The last `rotary` columns: neighbours (2i, 2i + 1) to (i, i + rotary/2), or back."""
+    if not rotary:
+        return array
+    split = array.shape[-1] - rotary
+    pairs = (rotary // 2, 2) if apart else (2, rotary // 2)
+    turned = array[..., split:].reshape(*array.shape[:-1], *pairs).swapaxes(-1, -2)
+    turned = turned.reshape(*array.shape[:-1], rotary)
+    return np.concatenate([array[..., :split], turned], axis=-1)
 
 
 def slots_of(cfg: ModelConfig, family: Family) -> dict[str, Slot]:
@@ -54,10 +78,11 @@ def slots_of(cfg: ModelConfig, family: Family) -> dict[str, Slot]:
         if numbers is None:
             ordered[(0, 0, row.name)] = (row.name, Slot(path, (), row, spec.shape))
             continue
+        rotary = cfg.rope_dim if row.rotary else 0
         for r, number in enumerate(numbers):
             prefix = f"model.layers.{number}."
             if "{expert}" not in row.name:
-                slot = Slot(path, (r,), row, spec.shape[1:])
+                slot = Slot(path, (r,), row, spec.shape[1:], rotary)
                 ordered[(1, number, 0, row.name)] = (prefix + row.name, slot)
                 continue
             for e in range(spec.shape[1]):

@@ -13,7 +13,7 @@ def forward(model, tokens):
         seen.append((outputs[0], outputs[2]))
 
     for module in model.modules():
-        if type(module).__name__.endswith("TopKRouter"):
+        if type(module).__name__.lower().endswith("topkrouter"):
             module.register_forward_hook(keep)
     with torch.no_grad():
         return model.eval()(tokens, use_cache=False).logits, seen
@@ -24,7 +24,7 @@ def run(arrays, params):
     arrays["NAME/tokens"] [B, T], saves it to `resave` in shards of at most `shard` bytes.
 
     Returns NAME/logits [B, T, V] and, of a model with MoE layers, NAME/routes [L, B, T, K] (sorted
-    by score) and NAME/router_logits [L, B, T, E].
+    by score, but for DeepSeek-V3) and NAME/router_logits [L, B, T, E].
     """
     torch.set_num_threads(2)
     out = {}
