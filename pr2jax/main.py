@@ -24,9 +24,19 @@ PROFILE = flags.DEFINE_integer("profile", 0, "Trace this many steps into WORKDIR
 CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Folder of compiled programs; 'off' for none (default: user cache)."
 )
+COMPILE_ONLY = flags.DEFINE_bool(
+    "compile_only", False, "Compile the run's programs for --topology and say whether they fit."
+)
+ESTIMATE = flags.DEFINE_bool(
+    "estimate", False, "Say what memory the run needs, of --topology or of this machine."
+)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Chips that are not here, like v5p:4x4x2, v5e:2x4, h100:8."
+)
 
 log = logging.getLogger("pr2jax")
 
+EXIT_TOO_LARGE = 1
 EXIT_BAD_CONFIG = 2
 EXIT_RESUME = 75  # sysexits' EX_TEMPFAIL: saved, run the same command again
 
@@ -44,6 +54,19 @@ def run(config, workdir: str, profile_steps: int = 0) -> None:
         "pretrain": pipeline.run_pretrain,
     }
     modes[config.mode](config, workdir, profile_steps)
+
+
+def check_memory(config, workdir: str) -> bool:
+    """--compile_only or --estimate instead of a run; whether the run fits the chips."""
+    if COMPILE_ONLY.value:
+        if not TOPOLOGY.value:
+            raise ConfigError("--topology: --compile_only needs one, like v5p:4x4x2 or v5e:2x4")
+        from pr2jax.train.compile_check import run_compile_check
+
+        return run_compile_check(config, workdir, TOPOLOGY.value)
+    from pr2jax.train.estimate import run_estimate
+
+    return run_estimate(config, workdir, TOPOLOGY.value)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -88,6 +111,7 @@ def _start(argv: list[str]) -> None:
     from pr2jax.models.importers.hf import CheckpointFormatError
     from pr2jax.tasks.rows import RowError
     from pr2jax.train.loop import Interrupted, TrainingDiverged
+    from pr2jax.train.precision import PrecisionError
     from pr2jax.train.study import StudyError
 
     if len(argv) > 1:
@@ -102,6 +126,10 @@ def _start(argv: list[str]) -> None:
     log.propagate = False
     try:
         config = _config()
+        if COMPILE_ONLY.value or ESTIMATE.value:
+            sys.exit(0 if check_memory(config, WORKDIR.value) else EXIT_TOO_LARGE)
+        if TOPOLOGY.value:
+            raise ConfigError("--topology: only with --compile_only or --estimate")
         reuse_freed_memory()
         cache = setup_compilation_cache(CACHE.value)
         log.info("compilation cache: %s", cache or "off")
@@ -120,6 +148,7 @@ def _start(argv: list[str]) -> None:
         RowError,
         TrainingDiverged,
         StudyError,
+        PrecisionError,
     ) as error:
         log.error("%s: %s", type(error).__name__, error)
         sys.exit(EXIT_BAD_CONFIG)

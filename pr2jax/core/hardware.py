@@ -30,6 +30,7 @@ class Chip:
 
     name: str
     memory: int
+    platform: str = "gpu"
     dims: int = 0
     accelerator: str = ""
     cores: int = 1
@@ -38,10 +39,10 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", int(30.75 * GIB), 3, "v4", 2),
-        Chip("v5e", int(15.75 * GIB), 2, "v5litepod"),
-        Chip("v5p", int(95.74 * GIB), 3, "v5p", 2),
-        Chip("v6e", int(31.25 * GIB), 2, "v6e"),
+        Chip("v4", int(30.75 * GIB), "tpu", 3, "v4", 2),
+        Chip("v5e", int(15.75 * GIB), "tpu", 2, "v5litepod"),
+        Chip("v5p", int(95.74 * GIB), "tpu", 3, "v5p", 2),
+        Chip("v6e", int(31.25 * GIB), "tpu", 2, "v6e"),
         Chip("a100-40gb", 40960 * 2**20),
         Chip("a100-80gb", 81920 * 2**20),
         Chip("h100", 81559 * 2**20),
@@ -130,9 +131,10 @@ def local_chip() -> tuple[Chip, int]:
     devices = jax.local_devices()
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     if stats and "bytes_limit" in stats:
-        return Chip(devices[0].device_kind, int(stats["bytes_limit"])), len(devices)
+        kind, platform = devices[0].device_kind, devices[0].platform
+        return Chip(kind, int(stats["bytes_limit"]), platform), len(devices)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         memory = min(memory, int(text))
-    return Chip("this machine's memory", memory), 1
+    return Chip("this machine's memory", memory, "cpu"), 1

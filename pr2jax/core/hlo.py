@@ -7,6 +7,7 @@ multiplied. All sizes are bytes on one device.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -29,7 +30,7 @@ _NAMES = re.compile(
     r"|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _HEAD = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)[^=]*\{\s*$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 # Ends of an asynchronous operation: its start told everything.
 _ENDS = ("async-update", "async-done")
 
@@ -48,6 +49,12 @@ class Instruction:
     def op_name(self) -> str:
         """Where it comes from: jit(f)/.../scope/operation."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+    @property
+    def channel(self) -> str:
+        """Of a collective: the same for the steps of one; "" where there is none."""
+        found = re.search(r"channel_id=(\d+)", self.rest)
         return found[1] if found else ""
 
     def called(self) -> Iterator[tuple[str, str]]:
@@ -183,12 +190,19 @@ def trips(loop: Instruction, program: Program) -> int | None:
     if told:
         return int(told[1])
     condition = next((name for key, name in loop.called() if key == "condition"), None)
-    found = {
-        int(i.operands[0])
-        for name in _reachable(condition, program)
-        for i in program.computations[name].values()
-        if i.op == "constant" and re.match(r"[su](32|64)\[\]", i.shape)
-    }
+    compared, any_of = set(), set()
+    for name in _reachable(condition, program):
+        computation = program.computations[name]
+        constants = {
+            i.name: int(i.operands[0])
+            for i in computation.values()
+            if i.op == "constant" and re.match(r"[su](32|64)\[\]", i.shape)
+        }
+        any_of |= set(constants.values())
+        for one in computation.values():
+            if one.op == "compare":
+                compared |= {constants[n] for n in one.operands if n in constants}
+    found = compared or any_of
     return found.pop() if len(found) == 1 else None
 
 
@@ -237,16 +251,37 @@ def _operand_shapes(one: Instruction, computation: dict[str, Instruction]) -> li
     return [computation[name].shape for name in one.operands if name in computation]
 
 
+def _in_steps(program: Program) -> set[str]:
+    """Channels of collectives that a TPU runs in steps, hidden behind computation: they stand in
+    the computation of their start, and again in that of each later step."""
+    return {
+        channel
+        for computation in program.computations.values()
+        if _starts(computation)
+        for one in computation.values()
+        if one.op in COLLECTIVES and (channel := one.channel)
+    }
+
+
+def _starts(computation: dict[str, Instruction]) -> bool:
+    return any(
+        one.op == "custom-call" and 'custom_call_target="AsyncCollectiveStart"' in one.rest
+        for one in computation.values()
+    )
+
+
 def collectives(program: Program, unknown: int = 1) -> dict[str, Traffic]:
     """Traffic of each kind of collective that the program has (`executions` for `unknown`)."""
     times, _ = executions(program, unknown)
-    counts: dict[str, int] = {}
+    in_steps = _in_steps(program)
+    counts: dict[str, int] = collections.Counter()
     sizes: dict[str, dict[str, int]] = {}
     for name, count in times.items():
         computation = program.computations[name]
+        starts = _starts(computation)
         for one in computation.values():
             kind = one.op.removesuffix("-start")
-            if kind not in COLLECTIVES:
+            if kind not in COLLECTIVES or (one.channel in in_steps and not starts):
                 continue
             operands = _operand_shapes(one, computation)
             moved = operands[:1] if kind == "ragged-all-to-all" else operands
@@ -254,11 +289,11 @@ def collectives(program: Program, unknown: int = 1) -> dict[str, Traffic]:
             if kind == "all-gather":
                 # What starts one gives (operands, results).
                 size = shape_bytes(one.shape) - (size if one.op != kind else 0)
-            counts[kind] = counts.get(kind, 0) + count
+            if name.startswith("all-reduce-scatter"):  # how a TPU writes one, as a fusion
+                kind = "reduce-scatter"
             dtype = _ARRAY.search(one.shape)
-            by_type = sizes.setdefault(kind, {})
-            key = dtype[1] if dtype else ""
-            by_type[key] = by_type.get(key, 0) + count * size
+            counts[kind] += count
+            sizes.setdefault(kind, collections.Counter())[dtype[1] if dtype else ""] += count * size
     return {
         kind: Traffic(counts[kind], sum(by_type.values()), max(by_type, key=by_type.get))
         for kind, by_type in sorted(sizes.items())
@@ -289,17 +324,26 @@ def _precision(one: Instruction) -> str:
 
 
 def kernels(program: Program, unknown: int = 1) -> dict[str, int]:
-    """Executions of each hand-written kernel (custom call), by the name of its last scope."""
+    """Executions of kernels written by hand (their name, else their scope) and of the compiler's
+    own grouped products (ragged-dot)."""
     times, _ = executions(program, unknown)
-    counts: dict[str, int] = {}
+    counts: dict[str, int] = collections.Counter()
     for name, count in times.items():
         for one in program.computations[name].values():
             target = re.search(r'custom_call_target="([^"]*)"', one.rest)
             if one.op != "custom-call" or not target:
                 continue
-            told = one.op_name.rsplit("/", 1)[-1] if "tpu_custom_call" in target[1] else target[1]
-            counts[told] = counts.get(told, 0) + count
+            if target[1] == "tpu_custom_call":
+                counts[_kernel_name(one)] += count
+            elif target[1].startswith("ragged-dot") and not target[1].endswith("metadata"):
+                counts[target[1]] += count
     return dict(sorted(counts.items()))
+
+
+def _kernel_name(one: Instruction) -> str:
+    told = re.search(r"kernel_name\W+([\w.\-]+)", one.rest)
+    parts = [part for part in one.op_name.split("/") if part not in ("pallas_call", "")]
+    return told[1] if told else (parts or ["kernel"])[-1]
 
 
 @functools.cache
