@@ -145,6 +145,7 @@ def _instruction(line: str) -> Instruction | None:
     close = _balanced(line, begin)
     inside = line[begin + 1 : close - 1]
     # With or without its type before it, an operand ends in its name.
+    inside = re.sub(r"/\*.*?\*/", "", inside)
     operands = tuple(part.split()[-1].lstrip("%") for part in _split(inside) if part.strip())
     return Instruction(head[1], shape, op[1], operands, line[close:])
 

@@ -195,7 +195,7 @@ def _learner(setup: Setup, found: Estimate) -> None:
     found.resident["training state"] = shapes.device_bytes(state)
     if cfg.rl.kl_coef:
         found.resident["reference policy"] = shapes.device_bytes(state.params)
-    found.resident |= shapes.learner_buffers(setup)
+    found.resident.update(shapes.learner_buffers(setup))
     extra = 1 if cfg.rl.num_micro > 1 else 0
     length = shapes.row_length(cfg)
     found.temporaries["learning"] = _backward(setup, found.chip, cfg.rl.micro_batch, length, extra)
