@@ -93,6 +93,7 @@ def compiler_environment(topology: Topology) -> dict[str, str]:
     """Environment in which libtpu compiles for a slice on a machine that has none."""
     chip = topology.chip
     return {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened: several may compile at a time
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
