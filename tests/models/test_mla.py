@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec
 
 from pr2jax.core import rng
 from pr2jax.core.config import ConfigError, from_config_dict, to_config_dict
-from pr2jax.core.params import init_params
 from pr2jax.core.sharding import MeshConfig, make_mesh, param_shardings
 from pr2jax.models.attention import einsum_attention, packed_mask, resolve_impl, splash_attention
 from pr2jax.models.blocked_attention import blocked_attention
@@ -252,8 +251,7 @@ def test_on_a_mesh():
 def test_through_the_sampler():
     """Two responses to three prompts through four slots; log-probs and routes of a full forward."""
     cfg = dataclasses.replace(MOONLIGHT, vocab_size=24, num_layers=2)
-    params = init_params(param_specs(cfg), rng.root(0))
-    params["lm_head"]["kernel"] = params["lm_head"]["kernel"] * 3
+    params = jax.tree.map(jnp.asarray, random_params(cfg))
     config = SamplerConfig(
         slots=4,
         chunk=4,
