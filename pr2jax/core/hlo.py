@@ -29,8 +29,9 @@ _NAMES = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation|called_computations"
     r"|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
-_HEAD = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
+_HEAD = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_END = re.compile(r"^\}(, execution_thread=.*)?\s*$")
 # Ends of an asynchronous operation: its start told everything.
 _ENDS = ("async-update", "async-done")
 
@@ -165,17 +166,35 @@ def _split(text: str) -> list[str]:
     return [*parts, text[last:]]
 
 
+def _logical_lines(text: str) -> Iterator[str]:
+    """Lines, with an instruction that goes on over several (a kernel's metadata) made one."""
+    held = ""
+    for line in text.splitlines():
+        if held and not _HEAD.match(line) and not _END.match(line):
+            held += line
+            continue
+        if held:
+            yield held
+            held = ""
+        if _HEAD.match(line):
+            held = line
+        else:
+            yield line
+    if held:
+        yield held
+
+
 def parse(text: str) -> Program:
     """The program of `compiled.as_text()`. Raises ValueError where there is no entry."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _logical_lines(text):
         if current is None:
             found = _COMPUTATION.match(line)
             if found and not line.startswith("HloModule"):
                 current = computations.setdefault(found[2], {})
                 entry = found[2] if found[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             current = None
         elif instruction := _instruction(line):
             current[instruction.name] = instruction

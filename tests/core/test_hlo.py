@@ -116,6 +116,9 @@ STEPS = """HloModule m, is_scheduled=true
 
 %done (p: bf16[4,8]) -> bf16[32,8] {
   %p.2 = bf16[4,8]{1,0} parameter(0)
+  %k = bf16[4,8]{1,0} custom-call(%p.2), custom_call_target="tpu_custom_call", backend_config={"a": {
+"block": "{128}"
+}}, metadata={op_name="jit(f)/attention/kernel_of_ours/pallas_call"}
   %all-gather.3 = bf16[32,8]{1,0} all-gather(%p.2), channel_id=3, dimensions={0}
   ROOT %d = bf16[32,8]{1,0} custom-call(%p.2, %all-gather.3), TARGETDone"
 }
@@ -157,6 +160,10 @@ def test_a_collective_in_steps_counts_once_and_a_fused_scatter_as_what_it_is():
         "all-gather": hlo.Traffic(6, 6 * 32 * 8 * 2, "bf16"),
         "reduce-scatter": hlo.Traffic(6, 6 * 32 * 8 * 4, "f32"),
     }
+
+
+def test_a_kernel_whose_text_spans_lines():
+    assert hlo.kernels(hlo.parse(STEPS)) == {"kernel_of_ours": 6}
 
 
 def test_sizes_of_types():
