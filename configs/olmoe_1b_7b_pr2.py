@@ -76,7 +76,7 @@ def get_config(arg: str = ""):
         init_from="" if smoke else "OLMoE-1B-7B-0924",
         model=SMALL if smoke else MODEL,
         tokenizer=TokenizerConfig(kind="byte"),
-        mesh=MeshConfig() if smoke else MeshConfig(fsdp=4, expert=8),
+        mesh=MeshConfig() if smoke else MeshConfig(expert=8),
         rl_task=SUMS if smoke else MATH,
         rl=RLConfig(
             steps=2 if smoke else 500,

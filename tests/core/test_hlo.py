@@ -116,7 +116,7 @@ STEPS = """HloModule m, is_scheduled=true
 
 %done (p: bf16[4,8]) -> bf16[32,8] {
   %p.2 = bf16[4,8]{1,0} parameter(0)
-  %k = bf16[4,8]{1,0} custom-call(%p.2), custom_call_target="tpu_custom_call", backend_config={"a": {
+  %k = bf16[4,8] custom-call(%p.2), custom_call_target="tpu_custom_call", backend_config={"a": {
 "block": "{128}"
 }}, metadata={op_name="jit(f)/attention/kernel_of_ours/pallas_call"}
   %all-gather.3 = bf16[32,8]{1,0} all-gather(%p.2), channel_id=3, dimensions={0}

@@ -66,9 +66,11 @@ def test_full_form_is_valid(name):
 
 # These have tests of their own.
 OTHERWISE = ("quickstart", "generate", "pretrain_text", "smollm2_pr2")
+# Real models: their smoke forms are small ones of the same kind, for the slow suite.
+REAL = tuple(c for c in CONFIGS if re.search(r"_a3b_|_7b_", c))
 
 
-@pytest.mark.parametrize("name", [c for c in CONFIGS if c not in OTHERWISE])
+@pytest.mark.parametrize("name", [c for c in CONFIGS if c not in (*OTHERWISE, *REAL)])
 def test_smoke(name, tmp_path):
     done = main(f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -77,6 +79,21 @@ def test_smoke(name, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["end"]["pass@1"]["low"] <= summary["end"]["pass@1"]["value"]
     assert summary["config"]["mode"] == name.replace("grpo", "rl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_smoke_of_the_kind_of_a_real_model(name, tmp_path):
+    done = main(f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_jsonl(tmp_path)][-1] == 2
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert {"start", "end"} <= summary.keys()
+    small, real = load(name, "smoke").model, load(name).model
+    for key in ("score", "normalize", "selection_bias"):
+        assert getattr(small.moe, key) == getattr(real.moe, key)
+    assert (small.qk_norm, small.tie_embeddings) == (real.qk_norm, real.tie_embeddings)
+    assert (small.mla is None) == (real.mla is None)
 
 
 @pytest.mark.slow
