@@ -41,8 +41,8 @@ CHIPS = {
     for chip in (
         Chip("v4", int(30.75 * GIB), "tpu", 3, "v4", 2),
         Chip("v5e", int(15.75 * GIB), "tpu", 2, "v5litepod"),
-        Chip("v5p", int(95.74 * GIB), "tpu", 3, "v5p", 2),
-        Chip("v6e", int(31.25 * GIB), "tpu", 2, "v6e"),
+        Chip("v5p", int(95.73 * GIB), "tpu", 3, "v5p", 2),
+        Chip("v6e", int(31.24 * GIB), "tpu", 2, "v6e"),
         Chip("a100-40gb", 40960 * 2**20),
         Chip("a100-80gb", 81920 * 2**20),
         Chip("h100", 81559 * 2**20),
@@ -121,10 +121,16 @@ def absent_devices(topology: Topology) -> Sequence[Any]:
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(topology.name, "tpu").devices
+        devices = topologies.get_topology_desc(topology.name, "tpu").devices
     except Exception as error:  # whatever the plugin raises is about this name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"--topology: libtpu has no slice {topology.name}: {reason}") from None
+    if len(devices) != topology.size:
+        raise ConfigError(
+            f"--topology: {topology.name}: libtpu makes {len(devices)} devices of {topology.size} "
+            "chips (a device a core), which is not compiled for; --estimate counts by chips"
+        )
+    return devices
 
 
 def local_chip() -> tuple[Chip, int]:

@@ -279,14 +279,22 @@ def scores_why(cfg: Config) -> str:
     return f"rl.scoring_pass={cfg.rl.scoring_pass}"
 
 
+# How compilers say that a program needs more than there is: older and newer ones.
+_TOO_LARGE = (
+    r"Used ([\d.]+)([KMGT]?) of [\d.]+\w? \w+",
+    r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \([\d.]+\w\)",
+)
+
+
 def _reason(error: Exception) -> str:
     text = str(error)
-    told = re.search(r"Used [\d.]+\w of [\d.]+\w \w+", text)
+    told = next((found for p in _TOO_LARGE if (found := re.search(p, text))), None)
     return f"out of memory: {told[0] if told else text.strip().splitlines()[0]}"
 
 
 def _needed(error: Exception) -> int:
-    told = re.search(r"Used ([\d.]+)([KMGT]?) of", str(error))
+    """Bytes that the compiler says it would need; 0 where it does not say."""
+    told = next((found for p in _TOO_LARGE if (found := re.search(p, str(error)))), None)
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return int(float(told[1]) * units[told[2]]) if told else 0
 
