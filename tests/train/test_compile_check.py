@@ -298,6 +298,7 @@ def test_rl_compiled_for_a_tpu_that_is_not_here(tmp_path):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_program_too_large_for_the_chip_is_told_and_the_others_compiled(tmp_path):
     done = main(
         "--config=configs/qwen3_30b_a3b_train.py:smoke",
