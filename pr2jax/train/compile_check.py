@@ -289,7 +289,7 @@ _TOO_LARGE = (
 def _reason(error: Exception) -> str:
     text = str(error)
     told = next((found for p in _TOO_LARGE if (found := re.search(p, text))), None)
-    return f"out of memory: {told[0] if told else text.strip().splitlines()[0]}"
+    return f"out of memory: {told[0] if told else ' '.join(text.split())[:200]}"
 
 
 def _needed(error: Exception) -> int:
