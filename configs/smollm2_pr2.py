@@ -7,8 +7,8 @@ The weights are the 4-bit GGUF file (98 MB) inside that Python package, dequanti
 user's cache; the package itself is not imported. Every feed-forward becomes experts (every third
 in `:cpu`), copies at first, so that RL starts from the very function of SmolLM2. Expect about a
 fifth of its answers to be right at the start, nearly every question being solved at times, and
-most (.925 of the held-out ones) after the 30 batches of `:cpu`; a prompt that shows a solved product
-gives .32 without learning (docs/results/smollm2.md).
+.925 of the held-out ones after the 30 batches of `:cpu`; a prompt that shows a solved product gives
+.32 without learning (docs/results/smollm2.md).
 The default form wants a GPU or TPU. `:cpu` is a run of 30 batches on two CPU cores, `:smoke` takes
 two steps; both need about 8 GB of memory, and their checkpoints 3 GB of disk each.
 """
