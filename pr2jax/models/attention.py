@@ -253,8 +253,8 @@ def attention(
     v = _project(params, "v", x, cfg.num_kv_heads, cfg)
     if cache is not None:
         cache = KVCache(
-            k=cache_lib.write(cache.k, layer, positions, k),
-            v=cache_lib.write(cache.v, layer, positions, v),
+            k=cache_lib.write(cache.k, layer, positions, k, platform),
+            v=cache_lib.write(cache.v, layer, positions, v, platform),
         )
         read = lambda buffer: cache_lib.read(buffer, layer, read_length, x.dtype)
         out = cached_attention(q, read(cache.k), read(cache.v), mask)

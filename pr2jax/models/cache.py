@@ -63,10 +63,20 @@ def write(
     layer: int | Int[Array, ""],
     positions: Int[Array, "B T"],
     values: Float[Array, "B T H d"],
+    platform: str = "cpu",
 ) -> Float[Array, "N B H S d"]:
-    """Writes `values` at `positions` of one layer; positions outside the buffer are dropped."""
-    rows = jnp.arange(values.shape[0])[:, None]
-    return buffer.at[layer, rows, :, positions].set(values.astype(buffer.dtype), mode="drop")
+    """Writes `values` at `positions` of one layer; positions outside the buffer are dropped.
+
+    Head by head on TPUs: a scatter of all heads at once has them lay the buffer out with heads
+    behind positions, and so copy it whole on the way into a decode loop, for every layer's
+    attention, and out of it. (On CPU the same makes a row's rounding depend on its neighbours.)
+    """
+    rows, heads = (jnp.arange(n) for n in (values.shape[0], values.shape[2]))
+    if platform == "tpu":
+        place = (layer, rows[:, None, None], heads, positions[..., None])
+    else:
+        place = (layer, rows[:, None], slice(None), positions)
+    return buffer.at[place].set(values.astype(buffer.dtype), mode="drop")
 
 
 def read(

@@ -181,8 +181,8 @@ def mla_attention(
         )
         return project_out(params["o"], out), None
     cache = LatentCache(
-        latent=cache_lib.write(cache.latent, layer, positions, latent),
-        rope_key=cache_lib.write(cache.rope_key, layer, positions, key),
+        latent=cache_lib.write(cache.latent, layer, positions, latent, platform),
+        rope_key=cache_lib.write(cache.rope_key, layer, positions, key, platform),
     )
     read = lambda buffer: cache_lib.read(buffer, layer, read_length, x.dtype)[:, 0]
     seen = (read(cache.latent), read(cache.rope_key))

@@ -238,7 +238,9 @@ def _record(
     row = jnp.where(state.active, state.row, rows)
 
     def put(buffer, value):
-        return buffer.at[:, row, place].set(value[:, :, 0].astype(buffer.dtype), mode="drop")
+        layers = jnp.arange(buffer.shape[0])[:, None]  # one by one, as in `cache.write`
+        new = value[:, :, 0].astype(buffer.dtype)
+        return buffer.at[layers, row, place].set(new, mode="drop")
 
     return RouterFeatures(
         positions=features.positions.at[row, place].set(position, mode="drop"),
@@ -264,7 +266,8 @@ def _advance(
     routes = state.routes
     if routes is not None:
         used = out.routes[:, :, 0].astype(routes.dtype)
-        routes = routes.at[:, rows, fed].set(used, mode="drop")
+        layers = jnp.arange(used.shape[0])[:, None]
+        routes = routes.at[layers, rows, fed].set(used, mode="drop")
     length = state.length + state.active
     stop = state.active & ends
     return state.replace(

@@ -188,3 +188,16 @@ def test_splash_on_a_mesh_equals_einsum(rows):
     assert got[0].sharding.is_equivalent_to(split, 4)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-4)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_cache_writes_land_at_their_positions(platform):
+    rng = np.random.default_rng(0)
+    buffer, values = rng.normal(size=(2, 3, 2, 5, 4)), rng.normal(size=(3, 2, 2, 4))
+    positions = np.array([[0, 1], [4, 5], [2, 3]])  # 5 is outside
+    expected = np.float32(buffer)
+    for b, t in np.ndindex(3, 2):
+        if positions[b, t] < 5:
+            expected[1, b, :, positions[b, t]] = values[b, t]
+    got = cache_lib.write(jnp.float32(buffer), 1, jnp.asarray(positions), values, platform)
+    np.testing.assert_array_equal(got, expected)
