@@ -8,7 +8,7 @@
  "reward_model": {"ground_truth": "34"}}, the answer to stand in a \\boxed{}.
 32 prompts x 16 samples a batch, two mini-steps (off-2), responses of up to 1,024 tokens, router
 features of all of them; AdamW at 2e-6, the predictor at 1e3 times that.
-Its smallest TPU v5p slice is v5p:2x2x2, 8 chips: compiled, it takes 65.3 of 102.8 GB a chip (half
+Its smallest TPU v5p slice is v5p:2x2x2, 8 chips: compiled, it takes 60.5 of 102.8 GB a chip (half
 of them, by estimate, would want 105).
 --compile_only --topology=NAME compiles its programs for a slice that is not there, --estimate
 counts; both work without the weights. `:smoke` takes two steps of a small model on sums.

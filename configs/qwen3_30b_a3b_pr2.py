@@ -8,7 +8,7 @@
  "reward_model": {"ground_truth": "34"}}, the answer to stand in a \\boxed{}.
 32 prompts x 16 samples a batch, two mini-steps (off-2), responses of up to 16,384 tokens, router
 features of 2,048 of them; AdamW at 2e-6, the predictor at 1e4 times that.
-Its smallest TPU v5p slice is v5p:4x4x2, 32 chips: compiled, it takes 101.0 of 102.8 GB a chip
+Its smallest TPU v5p slice is v5p:4x4x2, 32 chips: compiled, it takes 93.3 of 102.8 GB a chip
 (half of them, by estimate, would want 159).
 --compile_only --topology=NAME compiles its programs for a slice that is not there, --estimate
 counts; both work without the weights. `:smoke` takes two steps of a small model on sums.
