@@ -13,18 +13,9 @@ Smallest TPU v5p slice: v5p:2x2x2, 8 chips (compiled, 92.0 of 102.8 GB a chip).
 counts; both work without the weights. `:smoke` takes two steps of a small model on sums.
 """
 
-import json
-
-from pr2jax.core.config import to_config_dict
-from pr2jax.core.optim import OptimConfig
 from pr2jax.core.sharding import MeshConfig
-from pr2jax.data.tokenizer import TokenizerConfig
 from pr2jax.models.config import MLAConfig, ModelConfig, MoEConfig
-from pr2jax.replay.modes import ReplayConfig
-from pr2jax.rl.types import PREDICTOR_GROUP, RLConfig, predictor_group
-from pr2jax.sampler.types import SamplerConfig, SamplingParams
-from pr2jax.tasks.base import TaskConfig
-from pr2jax.train.config import Config, EvalConfig, LoopConfig
+from pr2jax.train.recipes import paper_pr2
 
 MODEL = ModelConfig(
     vocab_size=163840,
@@ -73,66 +64,18 @@ SMALL = ModelConfig(
     tie_embeddings=False,
     remat="full",
 )
-SUMS = TaskConfig(
-    name="reasoning_gym/chain_sum",
-    settings=json.dumps({"min_terms": 2, "max_terms": 2, "max_digits": 2}),
-    size=64,
-    held_out=8,
-    question_regex=r": (.* =)$",
-    prompt_template="{question} ",
-)
-MATH = TaskConfig(
-    name="jsonl:dapo_math.jsonl",
-    size=-1,
-    held_out=128,
-    prompt_template="{question}\nPlease reason step by step; put the final answer in \\boxed{}.\n",
-)
 
 
 def get_config(arg: str = ""):
     """`arg`: "" or "smoke"."""
-    smoke = arg == "smoke"
-    prompt, response = (32, 8) if smoke else (1024, 1024)
-    sampling = SamplingParams(temperature=1.0, max_tokens=response)
-    cfg = Config(
-        mode="rl",
-        init_from="" if smoke else "Moonlight-16B-A3B",
-        model=SMALL if smoke else MODEL,
-        tokenizer=TokenizerConfig(kind="byte"),
-        mesh=MeshConfig() if smoke else MeshConfig(expert=8),
-        rl_task=SUMS if smoke else MATH,
-        rl=RLConfig(
-            steps=2 if smoke else 500,
-            prompts_per_batch=8 if smoke else 32,
-            samples_per_prompt=4 if smoke else 16,
-            mini_steps=2,
-            micro_batch=16 if smoke else 32,
-            clip_low=0.2,
-            clip_high=0.28,
-            length_bucket=8 if smoke else 256,
-            eval_every=0 if smoke else 25,
-            sampling=sampling,
-            optim=OptimConfig(
-                learning_rate=2e-6,
-                b1=0.9,
-                b2=0.98,
-                weight_decay=0.1,
-                groups={PREDICTOR_GROUP: predictor_group(1e2)},
-            ),
-        ),
-        replay=ReplayConfig(mode="pr2", feature_tokens=8 if smoke else 1024),
-        sampler=SamplerConfig(
-            slots=32 if smoke else 512,
-            max_prompt=prompt,
-            max_tokens=response,
-            bucket=32 if smoke else 256,
-            chunk=8 if smoke else 64,
-            prefill_rows=8 if smoke else 32,
-            unroll_layers=smoke,
-        ),
-        eval=EvalConfig(
-            samples=2 if smoke else 8, ks=(1, 2) if smoke else (1, 8), sampling=sampling
-        ),
-        loop=LoopConfig(checkpoint_every=0 if smoke else 25),
+    return paper_pr2(
+        arg,
+        model=MODEL,
+        small=SMALL,
+        init_from="Moonlight-16B-A3B",
+        mesh=MeshConfig(expert=8),
+        response=1024,
+        feature_tokens=1024,
+        predictor_rate=1e2,
+        bucket=256,
     )
-    return to_config_dict(cfg)

@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pr2jax.models.ragged import experts_ragged
+from pr2jax.models.ragged import experts_ragged, silu_mul
 
 IMPLEMENTATIONS = ("blocks", "batched", "ragged", "dense")
 BY_PLATFORM = {"cpu": "blocks", "gpu": "batched", "cuda": "batched", "tpu": "ragged"}
@@ -96,10 +96,6 @@ def plan_dispatch(ids: Int[Array, "N K"], num_experts: int, block: int) -> Dispa
     )
 
 
-def _silu_mul(gate, up):
-    return jax.nn.silu(gate) * up
-
-
 def _blocks_forward(x, weights: ExpertWeights, plan: Dispatch, block: int):
     """y [slots, D], and the pre-activations [slots, F] that the backward pass needs."""
     d, f = weights.gate.shape[1:]
@@ -117,7 +113,7 @@ def _blocks_forward(x, weights: ExpertWeights, plan: Dispatch, block: int):
         product = lambda a, w: (wide(a) @ take(w)).astype(x.dtype)
         g = product(rows, weights.gate)
         u = product(rows, weights.up)
-        y = product(_silu_mul(g, u), weights.down)
+        y = product(silu_mul(g, u), weights.down)
         put = lambda buf, v: lax.dynamic_update_slice(buf, v, (start, 0))
         return put(ys, y), put(gs, g), put(us, u)
 
@@ -158,7 +154,7 @@ def _blocks_backward(x, weights: ExpertWeights, plan: Dispatch, block, gs, us, g
         take = lambda w, n, m: lax.dynamic_slice(w, (e * n * m,), (n * m,)).reshape(n, m)
         xb, g, u, dyb = rows(xs, d), rows(gs, f), rows(us, f), rows(dys, d)
         gate = lax.dynamic_slice(gate_slot, (start,), (block,))
-        h, pull = jax.vjp(_silu_mul, g, u)
+        h, pull = jax.vjp(silu_mul, g, u)
         dh = dyb @ take(down, d, f)
         dgate = jnp.sum((dh * h).astype(jnp.float32), axis=1)
         scale = gate[:, None].astype(x.dtype)
@@ -251,7 +247,7 @@ def _experts_batched(x, weights, gates, ids, block):
     plan = plan_dispatch(ids, weights.gate.shape[0], block)
     xs = x[plan.token].reshape(-1, block, x.shape[1])
     wg, wu, wd = (w[plan.block_expert] for w in weights)
-    h = _silu_mul(jnp.einsum("nbd,ndf->nbf", xs, wg), jnp.einsum("nbd,ndf->nbf", xs, wu))
+    h = silu_mul(jnp.einsum("nbd,ndf->nbf", xs, wg), jnp.einsum("nbd,ndf->nbf", xs, wu))
     ys = jnp.einsum("nbf,nfd->nbd", h, wd).reshape(-1, x.shape[1])
     return _combine(ys, plan, gates)
 
@@ -259,7 +255,7 @@ def _experts_batched(x, weights, gates, ids, block):
 def _experts_dense(x, weights, gates, ids):
     onehot = ids[..., None] == jnp.arange(weights.gate.shape[0])
     mix = jnp.sum(gates[..., None] * onehot, axis=1)
-    h = _silu_mul(
+    h = silu_mul(
         jnp.einsum("nd,edf->enf", x, weights.gate), jnp.einsum("nd,edf->enf", x, weights.up)
     )
     ys = jnp.einsum("enf,efd->end", h, weights.down).astype(jnp.float32)

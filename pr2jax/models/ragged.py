@@ -91,7 +91,8 @@ def _outer(lhs, rhs, sizes):
     return lax.ragged_dot_general(lhs, rhs, sizes, numbers, preferred_element_type=jnp.float32)
 
 
-def _silu_mul(gate, up):
+def silu_mul(gate, up):
+    """What a SwiGLU expert makes of its two products."""
     return jax.nn.silu(gate) * up
 
 
@@ -103,7 +104,7 @@ def _experts(x, w_gate, w_up, w_down, gates, ids, rows):
     def body(i, y):
         piece = _piece(order, i, rows, ids.shape[1])
         xs = x[piece.token]
-        h = _silu_mul(_dot(xs, w_gate, piece.sizes), _dot(xs, w_up, piece.sizes))
+        h = silu_mul(_dot(xs, w_gate, piece.sizes), _dot(xs, w_up, piece.sizes))
         out = _dot(h, w_down, piece.sizes).astype(jnp.float32)
         # Rows past the last group hold anything.
         out = jnp.where(piece.valid[:, None] > 0, out, 0.0)
@@ -128,7 +129,7 @@ def _experts_bwd(rows, residuals, dy):
         xs, sizes = x[piece.token], piece.sizes
         clean = lambda a: jnp.where(piece.valid[:, None] > 0, a, 0)
         g, u = clean(_dot(xs, w_gate, sizes)), clean(_dot(xs, w_up, sizes))
-        h, pull = jax.vjp(_silu_mul, g, u)
+        h, pull = jax.vjp(silu_mul, g, u)
         gate = (flat_gates[piece.assignment] * piece.valid)[:, None]
         dys = clean(dy[piece.token]).astype(x.dtype)
         dh = clean(_dot(dys, w_down, sizes, contract=2))
