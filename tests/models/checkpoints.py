@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 from flax import traverse_util
@@ -108,3 +109,11 @@ def assert_same_tensors(a, b):
     for name in a:
         assert a[name].dtype == b[name].dtype, name
         assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def edit_config(folder, **changes):
+    """Writes `changes` over config.json; "absent" takes a key out."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= changes
+    config = {k: v for k, v in config.items() if v != "absent"}
+    (folder / "config.json").write_text(json.dumps(config))
