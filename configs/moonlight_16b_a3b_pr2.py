@@ -8,7 +8,7 @@
  "reward_model": {"ground_truth": "34"}}, the answer to stand in a \\boxed{}.
 32 prompts x 16 samples a batch, two mini-steps (off-2), responses of up to 1,024 tokens, router
 features of all of them; AdamW at 2e-6, the predictor at 1e2 times that.
-Smallest TPU v5p slice: v5p:2x2x2, 8 chips (compiled, 92.0 of 102.8 GB a chip).
+Smallest TPU v5p slice: v5p:2x2x2, 8 chips (compiled, 91.0 of 102.8 GB a chip).
 --compile_only --topology=NAME compiles its programs for a slice that is not there, --estimate
 counts; both work without the weights. `:smoke` takes two steps of a small model on sums.
 """

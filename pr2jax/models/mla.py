@@ -42,15 +42,15 @@ def mla_specs(cfg: ModelConfig, repeats: int) -> dict:
             spec["bias"] = ParamSpec((r, width), ("layers", None), zeros)
         return spec
 
-    def up(axis: str | None, inputs: int, width: int) -> dict:
-        axes = ("layers", axis, "heads", None)
+    def up(inputs: int, width: int) -> dict:
+        axes = ("layers", "embed", "heads", None)
         return {"kernel": ParamSpec((r, inputs, h, width), axes, fan_in(-3))}
 
     norm = lambda width: {"scale": ParamSpec((r, width), ("layers", "norm"), ones)}
     specs = {
         "kv_down": down(mla.kv_lora_rank + mla.qk_rope_head_dim),
         "kv_norm": norm(mla.kv_lora_rank),
-        "kv_up": up(None, mla.kv_lora_rank, mla.qk_nope_head_dim + mla.v_head_dim),
+        "kv_up": up(mla.kv_lora_rank, mla.qk_nope_head_dim + mla.v_head_dim),
         "o": {
             "kernel": ParamSpec(
                 (r, h, mla.v_head_dim, d),
@@ -62,11 +62,11 @@ def mla_specs(cfg: ModelConfig, repeats: int) -> dict:
     if cfg.attention_out_bias:
         specs["o"]["bias"] = ParamSpec((r, d), ("layers", "norm"), zeros)
     if not mla.q_lora_rank:
-        return specs | {"q": up("embed", d, mla.qk_head_dim)}
+        return specs | {"q": up(d, mla.qk_head_dim)}
     return specs | {
         "q_down": down(mla.q_lora_rank),
         "q_norm": norm(mla.q_lora_rank),
-        "q_up": up(None, mla.q_lora_rank, mla.qk_head_dim),
+        "q_up": up(mla.q_lora_rank, mla.qk_head_dim),
     }
 
 

@@ -227,8 +227,8 @@ def test_on_a_mesh():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     shardings = param_shardings(param_specs(cfg), mesh)
     attention = shardings["segment_0"]["block_0"]["attention"]
-    assert attention["kv_up"]["kernel"].spec == PartitionSpec(None, None, "tensor")
-    assert attention["q_up"]["kernel"].spec == PartitionSpec(None, None, "tensor")
+    assert attention["kv_up"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
+    assert attention["q_up"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
     assert attention["o"]["kernel"].spec == PartitionSpec(None, "tensor", None, "fsdp")
     assert attention["kv_down"]["kernel"].spec == PartitionSpec(None, "fsdp")
     tokens = np.random.default_rng(3).integers(0, cfg.vocab_size, (4, 9))

@@ -1,5 +1,6 @@
 """The model on meshes with an expert axis against the same model on one device."""
 
+import dataclasses
 import re
 
 import jax
@@ -18,7 +19,7 @@ from pr2jax.core.sharding import (
     param_shardings,
     row_axes,
 )
-from pr2jax.models.config import ModelConfig, MoEConfig
+from pr2jax.models.config import MLAConfig, ModelConfig, MoEConfig
 from pr2jax.models.experts import ExpertWeights, choose_block_size, plan_dispatch
 from pr2jax.models.logprobs import token_logprobs
 from pr2jax.models.ring import ring_experts
@@ -37,6 +38,14 @@ CFG = ModelConfig(
     moe=MoEConfig(num_experts=8, top_k=3, expert_dim=12, shared_dim=8),
     tie_embeddings=False,
     logprob_chunk=10,
+)
+LATENT = dataclasses.replace(
+    CFG,
+    qk_norm="none",
+    mla=MLAConfig(
+        kv_lora_rank=8, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
+    ),
+    moe=dataclasses.replace(CFG.moe, score="sigmoid", selection_bias=True, routed_scaling=2.0),
 )
 MESHES = {
     "2x4": MeshConfig(fsdp=2, expert=4),
@@ -57,17 +66,21 @@ AT = np.sort(RNG.integers(0, T, (B, 4)), axis=1)
 SHIFT = RNG.normal(size=(2, CFG.d_model, 8)).astype(np.float32) * 0.3
 
 
-@pytest.fixture(scope="module")
-def params():
+def values(cfg):
     def value(path, spec):
         rng = np.random.default_rng(sum(path.encode()))
         scale = 1.0 if "router" in path else 0.3
         return (rng.normal(size=spec.shape) * scale).astype(np.float32)
 
-    return map_with_path(value, param_specs(CFG))
+    return map_with_path(value, param_specs(cfg))
 
 
-def program(mesh, replay):
+@pytest.fixture(scope="module")
+def params():
+    return values(CFG)
+
+
+def program(mesh, replay, cfg=CFG):
     """(value, (routes, log-probs, hidden, router output)) and gradients by all parameters."""
 
     def loss(params, tokens, routes):
@@ -76,7 +89,7 @@ def program(mesh, replay):
             tokens,
             jnp.asarray(POSITIONS),
             jnp.asarray(SEGMENTS),
-            cfg=CFG,
+            cfg=cfg,
             mesh=mesh,
             routes=routes if replay else None,
             shift=None if replay else jnp.asarray(SHIFT),
@@ -85,7 +98,7 @@ def program(mesh, replay):
             stats=True,
         )
         logp, entropy = token_logprobs(
-            params, out.hidden, jnp.roll(tokens, -1, 1), cfg=CFG, entropy=True, mesh=mesh
+            params, out.hidden, jnp.roll(tokens, -1, 1), cfg=cfg, entropy=True, mesh=mesh
         )
         value = jnp.sum((logp + 0.1 * entropy) * WEIGHTS)
         value = value + jnp.sum(out.router.load_balance) + jnp.sum(out.router.z)
@@ -124,11 +137,26 @@ def test_mesh_is_one_device(params, alone, name, way):
     expected, log = alone
     mesh = make_mesh(MESHES[name])
     placed = jax.device_put(params, param_shardings(param_specs(CFG), mesh))
-    tokens = jax.device_put(TOKENS, batch_sharding(mesh, 2))
     log = jax.device_put(log, batch_sharding(mesh, 4, batch_axis=1))
-    (value, seen), grads = program(mesh, way == "replayed")(placed, tokens, log)
-    (value_1, seen_1), grads_1 = expected[way]
-    real = np.broadcast_to((SEGMENTS > 0)[None, ..., None], log.shape)
+    assert_same(on(mesh, program(mesh, way == "replayed"), placed, log), expected[way])
+
+
+@pytest.mark.parametrize("name", ["2x4", pytest.param("tensor", marks=pytest.mark.slow)])
+def test_latent_attention_on_a_mesh_is_one_device(name):
+    """As above, of DeepSeek-V3's kind of model: latents, sigmoid scores with a selection bias."""
+    mesh, params = make_mesh(MESHES[name]), values(LATENT)
+    placed = jax.device_put(params, param_shardings(param_specs(LATENT), mesh))
+    alone = program(None, False, LATENT)(params, TOKENS, None)
+    assert_same(on(mesh, program(mesh, False, LATENT), placed, None), alone)
+
+
+def on(mesh, run, placed, log):
+    return run(placed, jax.device_put(TOKENS, batch_sharding(mesh, 2)), log)
+
+
+def assert_same(got, expected):
+    ((value, seen), grads), ((value_1, seen_1), grads_1) = got, expected
+    real = np.broadcast_to((SEGMENTS > 0)[None, ..., None], seen[0].shape)
     np.testing.assert_array_equal(np.where(real, seen[0], 0), np.where(real, seen_1[0], 0))
     assert abs(value - value_1) <= 1e-5 * abs(value_1)
     for a, b in zip(jax.tree.leaves(seen[1:4]), jax.tree.leaves(seen_1[1:4]), strict=True):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from pr2jax.core import rng
+from pr2jax.core.params import init_params
 from pr2jax.core.sharding import MeshConfig, make_mesh, param_shardings
+from pr2jax.models.config import MLAConfig
 from pr2jax.models.predictor import reservoir_positions
 from pr2jax.models.transformer import param_specs
 from pr2jax.sampler.programs import ladder
@@ -277,6 +279,23 @@ def test_expert_parallel_tokens_and_routes_are_one_devices(world, oracle, axes):
     experts = sampler.programs.prepare(placed)["segment_1"]["block_0"]["moe"]["experts"]["gate"]
     shapes = {s.data.shape[1] for s in experts.addressable_shards}
     assert shapes == {world.cfg.moe.num_experts // 4}
+
+
+def test_latents_on_a_mesh_give_one_devices_tokens_and_routes(world):
+    mla = MLAConfig(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
+    cfg = dataclasses.replace(world.cfg, mla=mla, qk_norm="none")
+    params = init_params(param_specs(cfg), rng.root(1))
+    config = dataclasses.replace(world.one.config, slots=12, prefill_rows=3)
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2), jax.devices()[:4])
+    placed = jax.device_put(params, param_shardings(param_specs(cfg), mesh))
+    rollouts = [
+        type(world.one)(cfg, config, params=p, mesh=m).rollout(world.prompts, 3, PLAIN, key=KEY)[0]
+        for p, m in ((params, None), (placed, mesh))
+    ]
+    np.testing.assert_array_equal(rollouts[1].tokens, rollouts[0].tokens)
+    np.testing.assert_array_equal(rollouts[1].routes, rollouts[0].routes)
+    both = [r.behavior_logprobs for r in rollouts]
+    np.testing.assert_allclose(both[1], both[0], atol=1e-4)
 
 
 def test_programs_are_counted_as_compiled(world):
