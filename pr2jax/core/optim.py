@@ -73,6 +73,8 @@ class ParamGroup:
 class OptimConfig:
     """AdamW (decoupled decay, Loshchilov & Hutter 2019) or plain SGD, its schedule and its groups.
 
+    `rewarmup_at` are counts of updates at which the rate starts again from peak / rewarmup_steps
+    of what the schedule says and rises for `rewarmup_steps` updates (growth, emo/schedule.py).
     `no_decay` exempts paths from weight decay (default: norms and biases). `total_steps` counts
     optimizer updates; cosine and WSD need it. `eps` is a choice: 1e-15 amplifies the rounding
     noise of parameters without signal.
@@ -85,6 +87,8 @@ class OptimConfig:
     total_steps: int = 0
     decay_fraction: float = 0.2
     final_fraction: float = 0.0
+    rewarmup_at: tuple[int, ...] = ()
+    rewarmup_steps: int = 0
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -96,7 +100,14 @@ class OptimConfig:
 
     def validate(self) -> None:
         """Raise ConfigError("key: why") for a value without meaning."""
-        for key in ("learning_rate", "warmup_steps", "total_steps", "eps", "weight_decay"):
+        for key in (
+            "learning_rate",
+            "warmup_steps",
+            "total_steps",
+            "rewarmup_steps",
+            "eps",
+            "weight_decay",
+        ):
             _check_range(key, getattr(self, key), 0)
         for key in ("decay_fraction", "final_fraction", "b1", "b2"):
             _check_range(key, getattr(self, key), 0.0, 1.0)
@@ -153,6 +164,10 @@ def learning_rate(cfg: OptimConfig, count: Int[Array, ""] | int) -> Float[Array,
         scale = cfg.final_fraction + (1 - cfg.final_fraction) * jnp.clip(left, 0.0, 1.0)
     if cfg.warmup_steps:
         scale = jnp.where(count < cfg.warmup_steps, (count + 1) / cfg.warmup_steps, scale)
+    if cfg.rewarmup_steps:
+        for at in cfg.rewarmup_at:
+            rise = jnp.clip((count - at + 1) / cfg.rewarmup_steps, 0.0, 1.0)
+            scale = scale * jnp.where(count < at, 1.0, rise)
     return cfg.learning_rate * scale
 
 

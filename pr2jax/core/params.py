@@ -19,13 +19,25 @@ Tree = Any
 Initializer = Callable[[Key[Array, ""], tuple[int, ...], Any], Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """Draws of mean 0 and standard deviation `scale / sqrt(product of the dimensions `axes`)`."""
+
+    scale: float
+    axes: tuple[int, ...] = ()
+
+    def stddev(self, shape: tuple[int, ...]) -> float:
+        """Of a parameter of `shape`."""
+        return self.scale / math.sqrt(math.prod(shape[a] for a in self.axes))
+
+    def __call__(self, key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
+        draws = self.stddev(shape) * jax.random.normal(key, shape, jnp.float32)
+        return draws.astype(dtype)
+
+
 def normal(stddev: float) -> Initializer:
     """Gaussian of mean 0 and the given standard deviation."""
-
-    def init(key, shape, dtype):
-        return (stddev * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
-
-    return init
+    return Gaussian(stddev)
 
 
 def fan_in(*axes: int, scale: float = 1.0) -> Initializer:
@@ -36,11 +48,7 @@ def fan_in(*axes: int, scale: float = 1.0) -> Initializer:
     """
     if not axes:
         raise ValueError("fan_in needs the axes that are contracted")
-
-    def init(key, shape, dtype):
-        return normal(scale / math.sqrt(math.prod(shape[a] for a in axes)))(key, shape, dtype)
-
-    return init
+    return Gaussian(scale, axes)
 
 
 def zeros(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:

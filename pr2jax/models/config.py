@@ -45,8 +45,10 @@ class MoEConfig:
     `selection_bias` adds a bias to the scores for selection alone (auxiliary-loss-free
     balancing); `num_groups`/`top_groups` restrict selection to the best groups of experts
     (DeepSeek-V3). `shared_dim` is the hidden width of the always-on shared expert (0: none).
-    `predictor` adds the zero-initialised route predictor W_p (PR2, Eq. 4). `impl` is the grouped
-    matmul (`auto`: by platform, experts.py) and `block_size` its rows a block (0: by the load).
+    `predictor` adds the zero-initialised route predictor W_p (PR2, Eq. 4). `masked` of the last
+    experts have weights but take no part: no selection, softmax, loss or statistic knows them
+    (emo/expansion.py). `impl` is the grouped matmul (`auto`: by platform, experts.py) and
+    `block_size` its rows a block (0: by the load).
     """
 
     num_experts: int = 16
@@ -60,8 +62,14 @@ class MoEConfig:
     top_groups: int = 1
     routed_scaling: float = 1.0
     predictor: bool = True
+    masked: int = 0
     impl: Literal["auto", "blocks", "batched", "ragged", "dense"] = "auto"
     block_size: int = 0
+
+    @property
+    def live(self) -> int:
+        """Experts that the router knows: the first ones."""
+        return self.num_experts - self.masked
 
     def validate(self) -> None:
         """Raises ConfigError("key: why")."""
@@ -69,6 +77,13 @@ class MoEConfig:
             raise ConfigError(
                 f"top_k: must lie between 1 and num_experts={self.num_experts}, got {self.top_k}"
             )
+        if not 0 <= self.masked <= self.num_experts - self.top_k:
+            raise ConfigError(
+                f"masked: {self.masked} of {self.num_experts} experts leave fewer than "
+                f"top_k={self.top_k}"
+            )
+        if self.masked and self.num_groups > 1:
+            raise ConfigError("masked: groups of experts cannot be masked in part")
         if self.num_experts % self.num_groups:
             raise ConfigError(
                 f"num_groups: {self.num_groups} does not divide num_experts={self.num_experts}"

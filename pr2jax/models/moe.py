@@ -119,11 +119,12 @@ def moe_layer(
     The used experts are `routes` where given, else the top-k of logits shifted by x @ `shift`
     (PR2, Eq. 4-6), else the live top-k. Gates are always those of the un-shifted logits.
     Taps: `routes`; `inputs` and `logits` at recorded positions; `agreement` and `margin`
-    (diagnostics); `load_balance`, `z` and `load` (stats).
+    (diagnostics); `load_balance`, `z`, `load` and `entropy` (stats).
     """
     moe = cfg.moe
-    bias = params["router"].get("selection_bias")
-    logits = router.project(x, params["router"]["kernel"])
+    known = {name: router.live_columns(leaf, moe) for name, leaf in params["router"].items()}
+    bias = known.get("selection_bias")
+    logits = router.project(x, known["kernel"])
     if routes is not None:
         ids = routes.astype(jnp.int32)
     elif shift is not None:
@@ -149,4 +150,5 @@ def moe_layer(
         taps["margin"] = router.margin(choice, moe.top_k)
     if options.stats:
         taps["load_balance"], taps["z"], taps["load"] = router.router_stats(logits, ids, real, moe)
+        taps["entropy"] = router.router_entropy(logits, real, moe)
     return y.astype(x.dtype), taps

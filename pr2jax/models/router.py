@@ -42,7 +42,7 @@ def selection_scores(
     if bias is not None:
         choice = choice + lax.stop_gradient(bias.astype(jnp.float32))
     if cfg.num_groups > 1:
-        size = cfg.num_experts // cfg.num_groups
+        size = cfg.live // cfg.num_groups
         grouped = choice.reshape(*choice.shape[:-1], cfg.num_groups, size)
         group_score = lax.top_k(grouped, min(2, size))[0].sum(-1)
         _, best = lax.top_k(group_score, cfg.top_groups)
@@ -50,6 +50,11 @@ def selection_scores(
         grouped = jnp.where(allowed[..., None], grouped, -jnp.inf)
         choice = grouped.reshape(choice.shape)
     return choice
+
+
+def live_columns(leaf: Float[Array, "... E"], cfg: MoEConfig) -> Float[Array, "... V"]:
+    """The router's (or predictor's) columns of the experts that take part, the first V."""
+    return leaf[..., : cfg.live] if cfg.masked else leaf
 
 
 def select(
@@ -116,12 +121,31 @@ def router_stats(
     """
     real = mask.astype(jnp.float32)
     tokens = jnp.maximum(real.sum(), 1.0)
-    onehot = jnp.sum(ids[..., None] == jnp.arange(cfg.num_experts), axis=-2)
+    onehot = jnp.sum(ids[..., None] == jnp.arange(cfg.live), axis=-2)
     load = jnp.einsum("bte,bt->e", onehot.astype(jnp.float32), real)
     mean_prob = jnp.einsum("bte,bt->e", _normalised(logits, cfg), real) / tokens
-    balance = cfg.num_experts * jnp.sum(load / (tokens * cfg.top_k) * mean_prob)
+    balance = cfg.live * jnp.sum(load / (tokens * cfg.top_k) * mean_prob)
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * real) / tokens
     return balance, z, load
+
+
+def router_entropy(
+    logits: Float[Array, "B T E"], mask: Bool[Array, "B T"], cfg: MoEConfig
+) -> Float[Array, ""]:
+    """Entropy in nats of the normalised scores, mean over real tokens."""
+    log_scores = logits if cfg.score == "softmax" else jax.nn.log_sigmoid(logits)
+    log_p = jax.nn.log_softmax(lax.stop_gradient(log_scores), axis=-1)
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    real = mask.astype(jnp.float32)
+    return jnp.sum(entropy * real) / jnp.maximum(real.sum(), 1.0)
+
+
+def gini(load: Float[Array, "*L E"]) -> Float[Array, "*L"]:
+    """Gini coefficient of assignments over experts: 0 at balance, 1 - 1/E where one has all."""
+    count = load.shape[-1]
+    rank = jnp.arange(1, count + 1, dtype=jnp.float32)
+    weighted = jnp.sum((2 * rank - count - 1) * jnp.sort(load, axis=-1), axis=-1)
+    return weighted / (count * jnp.maximum(jnp.sum(load, axis=-1), 1.0))
 
 
 def update_selection_bias(

@@ -36,6 +36,7 @@ from pr2jax.models.moe import (
     moe_specs,
     swiglu_specs,
 )
+from pr2jax.models.router import live_columns
 
 __all__ = [
     "ForwardOutput",
@@ -56,7 +57,8 @@ class RouterOutput:
 
     logits, inputs: un-shifted router logits (fp32) and router inputs at the recorded positions.
     agreement: |used ∩ live top-k|; margin: p_(k) - p_(k+1) of the live selection scores.
-    load_balance, z: the auxiliary losses of each layer; load: assignments an expert.
+    load_balance, z: the auxiliary losses of each layer; load: assignments an expert;
+    entropy: of the routers' scores, in nats a token.
     """
 
     logits: Float[Array, "L B C E"] | None = None
@@ -66,6 +68,7 @@ class RouterOutput:
     load_balance: Float[Array, " L"] | None = None
     z: Float[Array, " L"] | None = None
     load: Float[Array, "L E"] | None = None
+    entropy: Float[Array, " L"] | None = None
 
 
 @struct.dataclass
@@ -115,7 +118,8 @@ def param_specs(cfg: ModelConfig) -> dict:
 
 
 def _stacked(params: dict, cfg: ModelConfig, *path: str) -> Float[Array, "L ..."] | None:
-    """One MoE parameter of all layers, in depth order; None where the model has none."""
+    """One of the router's or predictor's parameters, of all layers in depth order and of the
+    experts that take part (V of E); None where the model has none."""
     parts = []
     for i, segment in enumerate(segments(cfg)):
         if not segment.num_moe:
@@ -128,7 +132,7 @@ def _stacked(params: dict, cfg: ModelConfig, *path: str) -> Float[Array, "L ..."
                     if name not in leaf:
                         return None
                     leaf = leaf[name]
-                columns.append(leaf)
+                columns.append(live_columns(leaf, cfg.moe))
         stacked = jnp.stack(columns, axis=1)
         parts.append(stacked.reshape(segment.num_moe, *stacked.shape[2:]))
     return jnp.concatenate(parts) if parts else None

@@ -130,7 +130,7 @@ def init_features(cfg: ModelConfig, rows: int, capacity: int, mesh: Mesh | None)
     features = RouterFeatures(
         positions=jnp.zeros((rows, capacity), jnp.int32),
         mask=jnp.zeros((rows, capacity), bool),
-        logits=jnp.zeros((layers, rows, capacity, cfg.moe.num_experts), jnp.float32),
+        logits=jnp.zeros((layers, rows, capacity, cfg.moe.live), jnp.float32),
         inputs=jnp.zeros((layers, rows, capacity, cfg.d_model), jnp.bfloat16),
     )
     return constrain(features, mesh, rows)

@@ -146,7 +146,7 @@ def features(setup: Setup, rows: int) -> RouterFeatures | None:
     return RouterFeatures(
         positions=make((rows, places), jnp.int32, 0),
         mask=make((rows, places), jnp.bool_, 0),
-        logits=make((layers, rows, places, model.moe.num_experts), jnp.float32, 1),
+        logits=make((layers, rows, places, model.moe.live), jnp.float32, 1),
         inputs=make((layers, rows, places, model.d_model), jnp.bfloat16, 1),
     )
 
@@ -156,7 +156,7 @@ def shift(setup: Setup) -> jax.ShapeDtypeStruct | None:
     model = setup.cfg.model
     if not plan(setup.cfg.replay).shifted:
         return None
-    shape = (num_moe_layers(model), model.d_model, model.moe.num_experts)
+    shape = (num_moe_layers(model), model.d_model, model.moe.live)
     return whole(jax.ShapeDtypeStruct(shape, jnp.float32), setup.mesh)
 
 

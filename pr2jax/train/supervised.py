@@ -18,6 +18,7 @@ from pr2jax.core.state import TrainState, all_finite, select_finite
 from pr2jax.data.packing import PackedRows
 from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.logprobs import token_logprobs
+from pr2jax.models.router import gini
 from pr2jax.models.transformer import ForwardOutput, forward
 from pr2jax.rl.update import with_selection_biases
 
@@ -74,6 +75,9 @@ def packed_loss(params, batch: PackedRows, *, model: ModelConfig, cfg: RouterLos
             "load_balance": (balance, one),
             "router_z": (z, one),
             "load_max": (jnp.max(busiest), one),
+            "load_gini": (jnp.mean(gini(out.router.load)), one),
+            "load_dead": (jnp.mean(out.router.load == 0.0), one),
+            "router_entropy": (jnp.mean(out.router.entropy), one),
         }
     return loss, (metrics, out.router.load)
 
@@ -84,8 +88,9 @@ def make_packed_step(
     """The jitted (state, batch) -> (state, metrics); a non-finite step changes nothing.
 
     Metrics: `loss` (targets only), `tokens` (real ones), `load_balance` (1 at balance),
-    `router_z`, `load_max` (the busiest expert's load over the mean, worst layer), `skipped`, and
-    the optimizer's.
+    `router_z`, `load_max` (the busiest expert's load over the mean, worst layer), `load_gini` (of
+    expert usage), `load_dead` (share of experts without a token) and `router_entropy` (nats a
+    token), means over layers, `skipped`, and the optimizer's.
     """
     loss_fn = functools.partial(packed_loss, model=model, cfg=cfg, dtype=dtype, mesh=mesh)
 
