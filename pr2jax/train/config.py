@@ -11,6 +11,7 @@ from pr2jax.core.optim import OptimConfig
 from pr2jax.core.sharding import MeshConfig
 from pr2jax.data.sources import SourceConfig
 from pr2jax.data.tokenizer import TokenizerConfig
+from pr2jax.emo.schedule import EMOConfig
 from pr2jax.models.config import ModelConfig
 from pr2jax.models.upcycling import UpcycleConfig
 from pr2jax.replay.modes import ReplayConfig, check_model, plan
@@ -260,7 +261,8 @@ class Config:
 
     mode: what it does. `sft` and `rl` are single stages; `sft_then_rl` warms up by SFT, then RL,
       compares with SFT continued for the same wall time, and writes a report; `generate` samples;
-      `pretrain` learns the next token of documents.
+      `pretrain` learns the next token of documents, in stages of a growing pool of experts where
+      emo.experts names them.
     model.vocab_size: 0 takes the tokenizer's.
     compute_dtype: auto, bfloat16 or float32 (core/device.py).
     init_from: what to start from: another run's folder (its best checkpoint, else its latest), an
@@ -280,6 +282,7 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    emo: EMOConfig = field(default_factory=EMOConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     rl: RLConfig = field(default_factory=RLConfig)
     rl_task: TaskConfig = field(default_factory=TaskConfig)
@@ -311,6 +314,8 @@ class Config:
                 "sft.task.held_out: mode 'sft_then_rl' evaluates rl_task's; leave it and "
                 "sft.eval_every at 0"
             )
+        if self.emo.experts and self.mode != "pretrain":
+            raise ConfigError(f"emo.experts: mode {self.mode!r} grows nothing; leave them empty")
         biased = self.model.moe is not None and self.model.moe.selection_bias
         if self.mode in ("sft", "sft_then_rl") and self.sft.bias_update_rate and not biased:
             raise ConfigError("sft.bias_update_rate: the model's router has no selection bias")

@@ -24,11 +24,11 @@ from pr2jax.core.optim import learning_rate
 from pr2jax.evaluation.passk import PASS_SCORE, Interval, paired_interval
 from pr2jax.tasks.base import Problem, Task
 from pr2jax.tasks.registry import build_task
-from pr2jax.train import report
+from pr2jax.train import emo, report
 from pr2jax.train.config import Config
 from pr2jax.train.evaluator import Evaluator
 from pr2jax.train.loop import Outcome, run
-from pr2jax.train.pretrain import PretrainTrainer, read_data, with_trained_tokenizer
+from pr2jax.train.pretrain import PretrainData, PretrainTrainer, read_data, with_trained_tokenizer
 from pr2jax.train.rl import RLTrainer
 from pr2jax.train.session import Session, open_session
 from pr2jax.train.sft import SFTTrainer
@@ -136,6 +136,9 @@ def run_pretrain(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
     data = read_data(cfg.pretrain)
     cfg = with_trained_tokenizer(cfg, data)
     with open_session(cfg, workdir) as session:
+        if cfg.emo.experts:
+            _grow(session, data, profile_steps)
+            return
         trainer = PretrainTrainer(session, data)
         params = session.initial_params()
         start = _held_out(session, trainer, "start", params, 0)
@@ -157,6 +160,28 @@ def run_pretrain(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
             end=end["metrics"],
         )
         report.write_pretrain(session, summary)
+
+
+def _grow(session: Session, data: PretrainData, profile_steps: int) -> None:
+    """Pre-training in stages of a growing pool (EMO)."""
+    phases = emo.phases_of(session.cfg)
+    plan = emo.table(session, phases)
+    emo.log_table(plan)
+    first = PretrainTrainer(emo.phase_session(session, phases[0], phases), data)
+    params = session.initial_params()
+    start = _held_out(session, first, "start", params, 0)
+    trainer, outcome = emo.train(session, data, params, phases, profile_steps)
+    end = _held_out(session, trainer, "end", outcome.state.params, outcome.steps)
+    summary = _summary(
+        session,
+        pretrain=_stage(outcome),
+        data=first.counts(),
+        start=start["metrics"],
+        end=end["metrics"],
+        stages=plan,
+        growth=emo.events(session.workdir, phases),
+    )
+    report.write_pretrain(session, summary, emo.rows(session.workdir, phases))
 
 
 def _held_out(

@@ -238,9 +238,9 @@ def write_sft(session: Session, summary: Mapping[str, Any], end: Evaluation | No
     _write(session, "Supervised fine-tuning", sections, tiles, summary)
 
 
-def write_pretrain(session: Session, summary: Mapping[str, Any]) -> None:
-    """The report of a pre-training run."""
-    rows = training_rows(session.workdir)
+def write_pretrain(session: Session, summary: Mapping[str, Any], rows: Rows | None = None) -> None:
+    """The report of a pre-training run; `rows` are those of its stages, where it has some."""
+    rows = training_rows(session.workdir) if rows is None else rows
     start, end = summary["start"], summary["end"]
     names = [name for name in end if name.endswith("loss")]
     held_out = {name.removesuffix("/loss"): f"eval/{name}" for name in names}
@@ -284,8 +284,50 @@ def write_pretrain(session: Session, summary: Mapping[str, Any]) -> None:
         Tile("tokens / s", _last(rows, "tokens_per_second"), "last step"),
     ]
     sections = [outcome, Section("How it learned", [page.figures(items)])]
+    if "stages" in summary:
+        sections.insert(1, _growth_section(summary, rows))
     sections.append(_run_section(summary, session))
     _write(session, "Pre-training", sections, tiles, summary)
+
+
+def _growth_section(summary: Mapping[str, Any], rows: Rows) -> Section:
+    """The stages of a growing pool, and what each growth did."""
+    events = [
+        [
+            e["step"],
+            e["kind"],
+            f"{e['experts'][0]} → {e['experts'][1]}",
+            e["jump"],
+            "not yet" if e["recovery_steps"] is None else e["recovery_steps"],
+        ]
+        for e in summary["growth"]
+    ]
+    stages = summary["stages"]
+    items = [
+        (curve(rows, "experts", title="experts that take part"), "By step."),
+        (
+            curve(rows, "load_gini", smooth=0.9, title="expert-usage Gini"),
+            "Of assignments over experts, mean of layers: 0 is balance.",
+        ),
+        (
+            curve(rows, "load_dead", smooth=0.9, title="dead experts"),
+            "Share of experts that no token of a batch used, mean of layers.",
+        ),
+        (
+            curve(rows, "router_entropy", smooth=0.9, title="router entropy"),
+            "Nats a token, mean of layers; a router that tells nothing has ln(experts).",
+        ),
+    ]
+    return Section(
+        "How it grew",
+        [
+            page.table(list(stages[0]), [list(stage.values()) for stage in stages]),
+            page.table(
+                ["step", "event", "experts", "jump of held-out loss", "steps to recover"], events
+            ),
+            page.figures(items),
+        ],
+    )
 
 
 def _from_to(start: Mapping[str, Any], end: Mapping[str, Any], key: str) -> str:

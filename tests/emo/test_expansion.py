@@ -91,7 +91,10 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("cfg", [CFG, BIASED, LATENT], ids=["softmax", "biased", "latent"])
-@pytest.mark.parametrize("top_k,experts", [(1, 12), (3, 16), (8, 20)])
+@pytest.mark.parametrize(
+    "top_k,experts",
+    [(3, 12), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((1, 16), (8, 20)))],
+)
 def test_masked_copy_leaves_the_function_as_it_is(cfg, top_k, experts):
     cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, top_k=top_k))
     params = noisy_params(cfg)
@@ -193,7 +196,9 @@ def test_what_grows_and_what_stays(init, moments):
 
 
 @pytest.mark.parametrize("init", ["gaussian_bias_reset", "copy_noise", "masked_copy"])
-@pytest.mark.parametrize("axes", [{"expert": 8}, {"fsdp": 2, "expert": 4}])
+@pytest.mark.parametrize(
+    "axes", [{"fsdp": 2, "expert": 4}, pytest.param({"expert": 8}, marks=pytest.mark.slow)]
+)
 def test_on_a_mesh_the_same_state_to_the_bit(init, axes):
     mesh = make_mesh(MeshConfig(**axes))
     options = GrowthConfig(init=init, optimizer="copy")

@@ -1,0 +1,1 @@
+"""Scaling laws and their fits, as functions of numbers."""
