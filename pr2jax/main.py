@@ -52,12 +52,15 @@ def run(config, workdir: str, profile_steps: int = 0) -> None:
         "generate": generate.run_generate,
         "study": study.run_study,
         "pretrain": pipeline.run_pretrain,
+        "pretrain_sft_rl": pipeline.run_pretrain_sft_rl,
     }
     modes[config.mode](config, workdir, profile_steps)
 
 
 def check_memory(config, workdir: str) -> bool:
     """--compile_only or --estimate instead of a run; whether the run fits the chips."""
+    if config.mode == "pretrain_sft_rl":
+        raise ConfigError("mode: its parts are checked one at a time: pretrain, then sft_then_rl")
     if COMPILE_ONLY.value:
         if not TOPOLOGY.value:
             raise ConfigError("--topology: --compile_only needs one, like v5p:4x4x2 or v5e:2x4")

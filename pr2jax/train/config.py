@@ -19,7 +19,7 @@ from pr2jax.rl.types import PREDICTOR_GROUP, RLConfig
 from pr2jax.sampler.types import SamplerConfig, SamplingParams
 from pr2jax.tasks.base import TaskConfig
 
-Mode = Literal["sft", "rl", "sft_then_rl", "generate", "pretrain", "study"]
+Mode = Literal["sft", "rl", "sft_then_rl", "generate", "pretrain", "pretrain_sft_rl", "study"]
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,8 @@ class Config:
     mode: what it does. `sft` and `rl` are single stages; `sft_then_rl` warms up by SFT, then RL,
       compares with SFT continued for the same wall time, and writes a report; `generate` samples;
       `pretrain` learns the next token of documents, in stages of a growing pool of experts where
-      emo.experts names them.
+      emo.experts names them; `pretrain_sft_rl` does that in WORKDIR/pretrain, then `sft_then_rl`
+      with the model that came out of it.
     model.vocab_size: 0 takes the tokenizer's.
     compute_dtype: auto, bfloat16 or float32 (core/device.py).
     init_from: what to start from: another run's folder (its best checkpoint, else its latest), an
@@ -296,6 +297,12 @@ class Config:
 
     def validate(self) -> None:
         """What no part can see alone. Raises ConfigError("key: why")."""
+        if self.mode == "pretrain_sft_rl":
+            if self.init_from:
+                raise ConfigError("init_from: mode 'pretrain_sft_rl' starts from nothing")
+            for part in self.parts("pretrain"):
+                part.validate()
+            return
         used = [("eval.sampling", self.eval.sampling)]
         if self.mode in ("rl", "sft_then_rl"):
             used.append(("rl.sampling", self.rl.sampling))
@@ -333,6 +340,11 @@ class Config:
             raise ConfigError("upcycle.experts: init_from must give the dense model to upcycle")
         if self.mode == "generate" and not self.init_from:
             raise ConfigError("init_from: mode 'generate' needs a checkpoint to sample from")
+
+    def parts(self, pretrained: str) -> tuple[Config, Config]:
+        """What mode `pretrain_sft_rl` runs: pre-training, and SFT and RL of `pretrained`."""
+        after = dataclasses.replace(self, mode="sft_then_rl", init_from=pretrained, emo=EMOConfig())
+        return dataclasses.replace(self, mode="pretrain"), after
 
     def _validate_rl(self) -> None:
         check_model(self.replay, self.model)

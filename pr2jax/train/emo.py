@@ -110,6 +110,11 @@ def folder(phase: Phase) -> str:
     return f"stage_{phase.index}"
 
 
+def last_folder(cfg: Config, workdir: Path) -> Path:
+    """Of the last phase: the one with the whole pool."""
+    return workdir / folder(phases_of(cfg)[-1])
+
+
 def _begun(workdir: Path) -> bool:
     """Whether a phase has a checkpoint."""
     path = workdir / CHECKPOINTS

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -276,6 +277,20 @@ def run_sft_then_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
             gain_over_sft_continued=_gain(other, end),
         )
         report.write_comparison(session, summary, start, end, other)
+
+
+def run_pretrain_sft_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
+    """Pre-training (in WORKDIR/pretrain, growing where told so), then SFT and RL of its model.
+
+    The predictor that growth carried along is the one that RL trains. Each part has its own
+    summary and report; the last one's lie in WORKDIR.
+    """
+    folder = Path(workdir) / "pretrain"
+    first, _ = cfg.parts("")
+    run_pretrain(first, str(folder), profile_steps)
+    last = emo.last_folder(cfg, folder) if cfg.emo.experts else folder
+    _, second = cfg.parts(str(last))
+    run_sft_then_rl(second, workdir, profile_steps)
 
 
 def _continue_sft(session: Session, task: Task, warm: Outcome, seconds: float) -> Outcome:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType
 
+from pr2jax.core.checkpoint import read_arrays
 from pr2jax.core.config import from_config_dict
 from pr2jax.core.metrics import read_jsonl
 from pr2jax.train.config import Config
@@ -65,7 +66,7 @@ def test_full_form_is_valid(name):
 
 
 # These have tests of their own.
-OTHERWISE = ("quickstart", "generate", "pretrain_text", "smollm2_pr2")
+OTHERWISE = ("quickstart", "generate", "pretrain_text", "smollm2_pr2", "emo_text", "emo_pr2")
 # Real models: their smoke forms are small ones of the same kind, for the slow suite.
 REAL = tuple(c for c in CONFIGS if re.search(r"_a3b_|_7b_", c))
 
@@ -135,6 +136,29 @@ def test_pretraining_smoke_then_samples_from_its_folder_elsewhere(tmp_path):
     used = json.loads((tmp_path / "samples" / "config.json").read_text(encoding="utf-8"))
     assert used["tokenizer"]["path"] == str(tmp_path / "moved" / "tokenizer" / "tokenizer.model")
     assert (tmp_path / "samples" / "samples.jsonl").read_text(encoding="utf-8").count("tokens") == 2
+
+
+def test_growing_smoke(tmp_path):
+    done = main("--config=configs/emo_text.py:smoke", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_jsonl(tmp_path / "stage_2")] == [4]
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert [stage["experts"] for stage in summary["stages"]] == [4, 8, 16]
+    assert "How it grew" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_pretrain_grow_sft_and_rl_in_one_command(tmp_path):
+    done = main("--config=configs/emo_pr2.py:smoke", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    grown = json.loads((tmp_path / "pretrain" / "summary.json").read_text(encoding="utf-8"))
+    assert [event["experts"] for event in grown["growth"]] == [[4, 8], [8, 16]]
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["config"]["model"]["moe"]["num_experts"] == 16
+    assert summary["rl"]["steps"] == 2
+    _, arrays = read_arrays(tmp_path / "rl" / "checkpoints")
+    predictor = arrays["params/segment_0/block_0/moe/predictor/kernel"]
+    assert predictor.shape[-1] == 16
 
 
 def test_sources_of_a_mixture_are_named_by_the_argument():
