@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 
@@ -58,7 +59,23 @@ def run(config, workdir: str, profile_steps: int = 0) -> None:
 
 
 def check_memory(config, workdir: str) -> bool:
-    """--compile_only or --estimate instead of a run; whether the run fits the chips."""
+    """--compile_only or --estimate instead of a run; whether the run fits the chips.
+
+    Of a run that grows its experts, phase by phase, in a folder each.
+    """
+    if not config.emo.experts:
+        return _check_memory(config, workdir)
+    from pr2jax.train.emo import folder, phase_configs
+
+    found = []
+    for phase, part in phase_configs(config):
+        log.info("phase %d: %d experts", phase.index, part.model.moe.num_experts)
+        found.append(_check_memory(part, os.path.join(workdir, folder(phase))))
+    return all(found)
+
+
+def _check_memory(config, workdir: str) -> bool:
+    """The check of one model."""
     if config.mode == "pretrain_sft_rl":
         raise ConfigError("mode: its parts are checked one at a time: pretrain, then sft_then_rl")
     if COMPILE_ONLY.value:

@@ -112,7 +112,7 @@ class Check:
 
     # -------------------------------------------------------------- stages
 
-    def training(self, name: str, cfg: Any, score: bool) -> None:
+    def training(self, name: str, cfg: Any, score: bool, accumulate: int = 1) -> None:
         """The step of pre-training or SFT (`cfg`), and the scoring of held-out rows."""
         setup, model = self.setup, self.setup.cfg.model
         optimizer = build_optimizer(cfg.optim, setup.specs)
@@ -124,13 +124,14 @@ class Check:
         tokens = cfg.batch * cfg.row_length
         self.compile(
             f"{name} step",
-            make_packed_step(model, cfg, optimizer, **fixed),
+            make_packed_step(model, cfg, optimizer, accumulate=accumulate, **fixed),
             state,
             batch,
             flops=self._training_flops(tokens, cfg.row_length),
         )
         if score:
-            forward = forward_flops(model, tokens, cfg.row_length / 2)
+            batch = shapes.packed_rows(setup, cfg.batch // accumulate, cfg.row_length)
+            forward = forward_flops(model, tokens // accumulate, cfg.row_length / 2)
             scorer = make_packed_score(model, **fixed)
             self.compile("held-out score", scorer, state.params, batch, flops=(forward, forward))
         self._name_kernels(name, cfg.row_length)
@@ -316,7 +317,7 @@ def check(cfg: Config, topology: Topology) -> Result:
     one = Check(shapes.make_setup(cfg, mesh, dtype), topology)
     rl = cfg.mode in ("rl", "sft_then_rl", "study")
     if cfg.mode == "pretrain":
-        one.training("pretrain", cfg.pretrain, score=True)
+        one.training("pretrain", cfg.pretrain, score=True, accumulate=cfg.pretrain.accumulate)
     if cfg.mode in ("sft", "sft_then_rl"):
         one.training("sft", cfg.sft, score=False)
     if rl:

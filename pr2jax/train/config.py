@@ -31,6 +31,7 @@ class PretrainConfig:
       held_out: share of each source's documents that is never trained on (at least one document).
       steps: optimizer steps.
       batch: packed rows a step, over all hosts.
+      accumulate: parts of the batch whose gradients are summed one after another, for memory.
       row_length: tokens a row.
       eval_every: steps between held-out evaluations (0: only before and after).
       eval_rows: rows of held-out text to score, about; divided over the sources by weight.
@@ -44,6 +45,7 @@ class PretrainConfig:
     held_out: float = 0.02
     steps: int = 1000
     batch: int = 16
+    accumulate: int = 1
     row_length: int = 256
     eval_every: int = 0
     eval_rows: int = 128
@@ -66,9 +68,11 @@ class PretrainConfig:
             raise ConfigError(f"held_out: must lie between 0 and 1, got {self.held_out}")
         if self.row_length < 2:
             raise ConfigError(f"row_length: must be at least 2, got {self.row_length}")
-        for key in ("steps", "batch", "eval_rows", "max_skipped_in_row"):
+        for key in ("steps", "batch", "accumulate", "eval_rows", "max_skipped_in_row"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}: must be at least 1, got {getattr(self, key)}")
+        if self.batch % self.accumulate:
+            raise ConfigError(f"accumulate: {self.accumulate} does not divide batch={self.batch}")
         for key in ("eval_every", "load_balance_coef", "z_coef", "bias_update_rate"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key}: must be >= 0, got {getattr(self, key)}")

@@ -26,7 +26,7 @@ from pr2jax.core.params import init_params
 from pr2jax.core.sharding import param_shardings
 from pr2jax.core.state import TrainState
 from pr2jax.emo.expansion import expand
-from pr2jax.emo.schedule import Phase, law_params, plan_phases, with_schedule
+from pr2jax.emo.schedule import EMOConfig, Phase, law_params, plan_phases, with_schedule
 from pr2jax.models.flops import active_params, total_params
 from pr2jax.models.transformer import param_specs
 from pr2jax.train.config import Config
@@ -46,6 +46,14 @@ def phases_of(cfg: Config) -> list[Phase]:
         return plan_phases(cfg.emo, cfg.model, cfg.pretrain.steps)
     except ConfigError as error:
         raise ConfigError(f"emo.{error}") from None
+
+
+def phase_configs(cfg: Config) -> list[tuple[Phase, Config]]:
+    """Each phase as a run of its own model that grows nothing: for what is asked of programs."""
+    return [
+        (phase, dataclasses.replace(cfg, model=phase.model, emo=EMOConfig()))
+        for phase in phases_of(cfg)
+    ]
 
 
 def phase_session(session: Session, phase: Phase, phases: list[Phase]) -> Session:

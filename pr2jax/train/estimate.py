@@ -219,9 +219,10 @@ def estimate(cfg: Config, chip: Chip, chips: int, dtype: Any) -> Estimate:
         state = shapes.training_state(setup, part.optim)
         found.resident[f"{name} state"] = shapes.device_bytes(state)
         batch = shapes.packed_rows(setup, part.batch, part.row_length)
+        parts = cfg.pretrain.accumulate if name == "pretrain" else 1
         found.resident[f"{name} batch"] = shapes.device_bytes(batch)
         found.temporaries[f"in a step of {name}"] = _backward(
-            setup, chip, part.batch, part.row_length, 0
+            setup, chip, part.batch // parts, part.row_length, 0
         )
     if cfg.mode in ("rl", "sft_then_rl", "study"):
         _learner(setup, found)

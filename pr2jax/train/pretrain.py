@@ -104,6 +104,7 @@ class PretrainTrainer:
         self.console = ("loss", "eval/loss", "tokens_per_second", "learning_rate")
         self.session, self.data = session, data
         self.hosts = jax.process_count()
+        self.scored_rows = cfg.batch // cfg.accumulate  # what a device holds at a time
         if cfg.batch % self.hosts:
             raise ConfigError(f"pretrain.batch: {self.hosts} hosts do not divide {cfg.batch} rows")
         try:
@@ -121,7 +122,9 @@ class PretrainTrainer:
             raise ConfigError(f"pretrain.data.{error}") from None
         self.optimizer = build_optimizer(cfg.optim, session.specs)
         model, dtype, mesh = session.cfg.model, session.dtype, session.mesh
-        self._step = make_packed_step(model, cfg, self.optimizer, dtype=dtype, mesh=mesh)
+        self._step = make_packed_step(
+            model, cfg, self.optimizer, dtype=dtype, mesh=mesh, accumulate=cfg.accumulate
+        )
         self._score = make_packed_score(model, dtype=dtype, mesh=mesh)
         self._batch: Batch | None = None
 
@@ -209,11 +212,11 @@ class PretrainTrainer:
         return _figures("", *(np.concatenate(x) for x in (nats, counts, sizes))) | figures
 
     def _starts(self, rows: PackedRows) -> range:
-        return range(0, len(rows.tokens), self.session.cfg.pretrain.batch)
+        return range(0, len(rows.tokens), self.scored_rows)
 
     def _score_rows(self, params, rows: PackedRows, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """(nats, targets) of each of `batch` rows from `start`; rows after the last count 0."""
-        size = self.session.cfg.pretrain.batch
+        """(nats, targets) of `scored_rows` rows from `start`; those after the last count 0."""
+        size = self.scored_rows
         own = size // self.hosts
         first = start + jax.process_index() * own
         part = PackedRows(*(field[first : first + own] for field in rows))

@@ -259,7 +259,7 @@ def check_batches(cfg: Config, mesh: Mesh) -> None:
     if cfg.mode in ("rl", "sft_then_rl"):
         sizes["rl.micro_batch"] = cfg.rl.micro_batch
     if cfg.mode == "pretrain":
-        sizes["pretrain.batch"] = cfg.pretrain.batch
+        sizes["pretrain.batch"] = cfg.pretrain.batch // cfg.pretrain.accumulate
     for key, size in sizes.items():
         if size % rows:
             raise ConfigError(

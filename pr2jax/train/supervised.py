@@ -53,23 +53,35 @@ def target_logprobs(
     return logp, shift(batch.loss_mask), out
 
 
-def packed_loss(params, batch: PackedRows, *, model: ModelConfig, cfg: RouterLosses, dtype, mesh):
-    """Cross-entropy in nats, mean over the batch's target tokens, and the router's losses.
+def packed_loss(
+    params,
+    batch: PackedRows,
+    count: Float[Array, ""] | None = None,
+    share: float = 1.0,
+    *,
+    model: ModelConfig,
+    cfg: RouterLosses,
+    dtype,
+    mesh,
+):
+    """Cross-entropy of a batch, or of a part of one, and the router's losses.
 
-    Returns (loss, (metrics, assignments an expert [L, E] or None)).
+    Nats summed over target tokens, over the `count` of them in the whole batch (None: this is
+    it); the router's losses by `share`, what the part is of the batch. Returns (loss, (metrics,
+    assignments an expert [L, E] or None)); all of it adds over parts.
     """
     stats = num_moe_layers(model) > 0
     logp, mask, out = target_logprobs(
         params, batch, model=model, stats=stats, dtype=dtype, mesh=mesh
     )
-    count, one = jnp.sum(mask), jnp.float32(1.0)
-    total = -jnp.sum(logp * mask)
-    loss = total / jnp.maximum(count, 1.0)
+    one = jnp.float32(1.0)
+    total, own = -jnp.sum(logp * mask), jnp.sum(mask)
+    loss = total / jnp.maximum(own if count is None else count, 1.0)
     real = jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
-    metrics = {"loss": (total, count), "tokens": (real, one)}
+    metrics = {"loss": (total, own), "tokens": (real, jnp.float32(share))}
     if stats:
         balance, z = jnp.mean(out.router.load_balance), jnp.mean(out.router.z)
-        loss = loss + cfg.load_balance_coef * balance + cfg.z_coef * z
+        loss = loss + share * (cfg.load_balance_coef * balance + cfg.z_coef * z)
         busiest = jnp.max(out.router.load, axis=-1) / jnp.mean(out.router.load, axis=-1)
         metrics |= {
             "load_balance": (balance, one),
@@ -82,22 +94,49 @@ def packed_loss(params, batch: PackedRows, *, model: ModelConfig, cfg: RouterLos
     return loss, (metrics, out.router.load)
 
 
+def _parts(batch: PackedRows, count: int) -> PackedRows:
+    """The batch as [count, rows / count, T], each part with its share of every device's rows."""
+    cut = lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+    return PackedRows(*(cut(field) for field in batch))
+
+
+def _gradient(loss_fn, params, batch: PackedRows, parts: int):
+    """((loss, (metrics, load)), gradients in fp32) of the batch, part by part."""
+    count = jnp.sum(batch.loss_mask[:, 1:]).astype(jnp.float32)
+    run = lambda part: jax.value_and_grad(loss_fn, has_aux=True)(params, part, count, 1.0 / parts)
+    if parts == 1:
+        return run(batch)
+    cut = _parts(batch, parts)
+    shapes = jax.eval_shape(run, jax.tree.map(lambda x: x[0], cut))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, run(part)), None)
+    return jax.lax.scan(add, zeros, cut)[0]
+
+
 def make_packed_step(
-    model: ModelConfig, cfg: RouterLosses, optimizer: Optimizer, *, dtype, mesh: Mesh | None
+    model: ModelConfig,
+    cfg: RouterLosses,
+    optimizer: Optimizer,
+    *,
+    dtype,
+    mesh: Mesh | None,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, PackedRows], tuple[TrainState, dict[str, Any]]]:
     """The jitted (state, batch) -> (state, metrics); a non-finite step changes nothing.
+
+    The gradient is summed over `accumulate` parts of the batch, one after another. That is exact
+    but for the load-balancing loss (a product of two means), which is each part's own.
 
     Metrics: `loss` (targets only), `tokens` (real ones), `load_balance` (1 at balance),
     `router_z`, `load_max` (the busiest expert's load over the mean, worst layer), `load_gini` (of
     expert usage), `load_dead` (share of experts without a token) and `router_entropy` (nats a
-    token), means over layers, `skipped`, and the optimizer's.
+    token), means over layers (and parts), `skipped`, and the optimizer's.
     """
     loss_fn = functools.partial(packed_loss, model=model, cfg=cfg, dtype=dtype, mesh=mesh)
 
     @functools.partial(jax.jit, donate_argnums=(0,))
     def step(state: TrainState, batch: PackedRows):
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (metrics, load)), grads = gradient(state.params, batch)
+        (loss, (metrics, load)), grads = _gradient(loss_fn, state.params, batch, accumulate)
         params, opt_state, moved = optimizer.update(grads, state.opt_state, state.params)
         params = with_selection_biases(params, state.params, load, model, cfg.bias_update_rate)
         new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)

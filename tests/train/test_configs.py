@@ -66,12 +66,13 @@ def test_full_form_is_valid(name):
 
 
 # These have tests of their own.
-OTHERWISE = ("quickstart", "generate", "pretrain_text", "smollm2_pr2", "emo_text", "emo_pr2")
+OTHERWISE = ("quickstart", "generate", "pretrain_text", "smollm2_pr2")
+GROWING = ("emo_text", "emo_9b", "emo_pr2")
 # Real models: their smoke forms are small ones of the same kind, for the slow suite.
 REAL = tuple(c for c in CONFIGS if re.search(r"_a3b_|_7b_", c))
 
 
-@pytest.mark.parametrize("name", [c for c in CONFIGS if c not in (*OTHERWISE, *REAL)])
+@pytest.mark.parametrize("name", [c for c in CONFIGS if c not in (*OTHERWISE, *GROWING, *REAL)])
 def test_smoke(name, tmp_path):
     done = main(f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -138,12 +139,17 @@ def test_pretraining_smoke_then_samples_from_its_folder_elsewhere(tmp_path):
     assert (tmp_path / "samples" / "samples.jsonl").read_text(encoding="utf-8").count("tokens") == 2
 
 
-def test_growing_smoke(tmp_path):
-    done = main("--config=configs/emo_text.py:smoke", f"--workdir={tmp_path}")
+@pytest.mark.parametrize(
+    "name,pools",
+    [("emo_text", [4, 8, 16]), pytest.param("emo_9b", [4, 8], marks=pytest.mark.slow)],
+)
+def test_growing_smoke(name, pools, tmp_path):
+    done = main(f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert [row["step"] for row in read_jsonl(tmp_path / "stage_2")] == [4]
+    last = load(name, "smoke").pretrain.steps
+    assert [row["step"] for row in read_jsonl(tmp_path / f"stage_{len(pools) - 1}")] == [last]
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    assert [stage["experts"] for stage in summary["stages"]] == [4, 8, 16]
+    assert [stage["experts"] for stage in summary["stages"]] == pools
     assert "How it grew" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 

@@ -10,13 +10,14 @@ import pytest
 from pr2jax.core import rng
 from pr2jax.core.optim import OptimConfig, build_optimizer
 from pr2jax.core.params import init_params
+from pr2jax.core.sharding import MeshConfig, make_mesh, param_shardings
 from pr2jax.core.state import create
-from pr2jax.data.packing import Example, pack
+from pr2jax.data.packing import Example, PackedRows, pack
 from pr2jax.models.config import ModelConfig, MoEConfig
 from pr2jax.models.logprobs import logits
 from pr2jax.models.transformer import forward, param_specs, selection_biases
 from pr2jax.train.config import SFTConfig
-from pr2jax.train.supervised import make_packed_step, packed_loss
+from pr2jax.train.supervised import make_packed_step, packed_loss, place_rows
 
 MODEL = ModelConfig(
     vocab_size=20,
@@ -70,6 +71,38 @@ def test_packed_loss_is_the_mean_over_the_targets_of_examples_alone(params, exam
 def _hidden(params, tokens):
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return forward(params, tokens, position, jnp.ones_like(tokens), cfg=MODEL).hidden
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_batch_in_parts_is_the_whole_batch(params, spread):
+    """Update, loss and counts of 8 rows in 4 parts (by part 2 rows, targets in uneven number),
+    on one device and with rows over two; z-loss and biases too, load balancing apart."""
+    random = np.random.default_rng(1)
+    fields = {
+        "tokens": random.integers(0, 20, (8, 16)).astype(np.int32),
+        "positions": np.broadcast_to(np.arange(16, dtype=np.int32), (8, 16)).copy(),
+        "segment_ids": np.ones((8, 16), np.int32),
+        "loss_mask": (random.random((8, 16)) < np.linspace(0.2, 1, 8)[:, None]).astype(np.float32),
+    }
+    rows = PackedRows(**fields)
+    cfg = dataclasses.replace(PLAIN, z_coef=0.25, bias_update_rate=0.125)
+    optimizer = build_optimizer(OptimConfig(optimizer="sgd", learning_rate=0.1), params)
+    mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]) if spread else None
+    states = []
+    for parts in (1, 4):
+        step = make_packed_step(
+            MODEL, cfg, optimizer, dtype=jnp.float32, mesh=mesh, accumulate=parts
+        )
+        own = jax.tree.map(jnp.copy, params)
+        if spread:
+            own = jax.device_put(own, param_shardings(param_specs(MODEL), mesh))
+        states.append(step(create(own, optimizer), place_rows(rows, mesh)))
+    (one, first), (four, second) = states
+    for a, b in zip(jax.tree.leaves(four.params), jax.tree.leaves(one.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for key in ("loss", "tokens", "router_z", "router_entropy", "grad_norm"):
+        values = [float(m[key][0]) / float(m[key][1]) for m in (second, first)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5), key
 
 
 def test_router_losses_are_added_and_biases_move_by_their_rule(params, examples):
