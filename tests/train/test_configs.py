@@ -139,10 +139,8 @@ def test_pretraining_smoke_then_samples_from_its_folder_elsewhere(tmp_path):
     assert (tmp_path / "samples" / "samples.jsonl").read_text(encoding="utf-8").count("tokens") == 2
 
 
-@pytest.mark.parametrize(
-    "name,pools",
-    [("emo_text", [4, 8, 16]), pytest.param("emo_9b", [4, 8], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name,pools", [("emo_text", [4, 8, 16]), ("emo_9b", [4, 8])])
 def test_growing_smoke(name, pools, tmp_path):
     done = main(f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
