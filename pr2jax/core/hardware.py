@@ -26,7 +26,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of chip. `dims`: of a TPU slice's shape (0: no TPU); `cores`: what its type counts."""
+    """A kind of chip. `dims`: of a TPU slice's shape (0: no TPU); `cores`: what its type counts;
+    `flops`: its dense bf16 peak in FLOP/s by its maker's data sheet (0: not known); `kind`: how
+    JAX names it."""
 
     name: str
     memory: int
@@ -34,21 +36,23 @@ class Chip:
     dims: int = 0
     accelerator: str = ""
     cores: int = 1
+    flops: float = 0.0
+    kind: str = ""
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", int(30.75 * GIB), "tpu", 3, "v4", 2),
-        Chip("v5e", int(15.75 * GIB), "tpu", 2, "v5litepod"),
-        Chip("v5p", int(95.73 * GIB), "tpu", 3, "v5p", 2),
-        Chip("v6e", int(31.24 * GIB), "tpu", 2, "v6e"),
-        Chip("a100-40gb", 40960 * 2**20),
-        Chip("a100-80gb", 81920 * 2**20),
-        Chip("h100", 81559 * 2**20),
-        Chip("h200", 143771 * 2**20),
-        Chip("l4", 23034 * 2**20),
-        Chip("rtx4090", 24564 * 2**20),
+        Chip("v4", int(30.75 * GIB), "tpu", 3, "v4", 2, 275e12, "TPU v4"),
+        Chip("v5e", int(15.75 * GIB), "tpu", 2, "v5litepod", 1, 197e12, "TPU v5 lite"),
+        Chip("v5p", int(95.73 * GIB), "tpu", 3, "v5p", 2, 459e12, "TPU v5"),
+        Chip("v6e", int(31.24 * GIB), "tpu", 2, "v6e", 1, 918e12, "TPU v6 lite"),
+        Chip("a100-40gb", 40960 * 2**20, flops=312e12, kind="A100-SXM4-40GB"),
+        Chip("a100-80gb", 81920 * 2**20, flops=312e12, kind="A100-SXM4-80GB"),
+        Chip("h100", 81559 * 2**20, flops=989e12, kind="H100 80GB HBM3"),
+        Chip("h200", 143771 * 2**20, flops=989e12, kind="H200"),
+        Chip("l4", 23034 * 2**20, flops=121e12, kind="L4"),
+        Chip("rtx4090", 24564 * 2**20, flops=165e12, kind="GeForce RTX 4090"),
     )
 }
 
@@ -131,6 +135,23 @@ def absent_devices(topology: Topology) -> Sequence[Any]:
             "chips (a device a core), which is not compiled for; --estimate counts by chips"
         )
     return devices
+
+
+def peak_flops(kind: str | None = None) -> float:
+    """Dense bf16 peak in FLOP/s of one of this process's devices, or of the kind that JAX calls
+    `kind`; 0 where it is not known (a CPU: its clock is not one number)."""
+    if kind is None:
+        kind = jax.devices()[0].device_kind
+    kind = kind.removeprefix("NVIDIA ")
+    return next((chip.flops for chip in CHIPS.values() if chip.kind == kind), 0.0)
+
+
+def needed_bytes(compiled: Any) -> int:
+    """Bytes a device of a compiled program, by the compiler: arguments, results that are not
+    written over them, and temporaries."""
+    sizes = compiled.memory_analysis()
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return int(sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes)
 
 
 def local_chip() -> tuple[Chip, int]:

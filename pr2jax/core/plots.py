@@ -90,6 +90,31 @@ def heatmap(
         return _svg(figure)
 
 
+def scatter(
+    groups: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]],
+    *,
+    title: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+    size: tuple[float, float] = (4.6, 4.2),
+) -> str:
+    """{label: (x, y, low, high)}: y with its interval against x, and the line where they are
+    equal, as inline SVG."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        ends = [value for x, *_ in groups.values() for value in (np.min(x), np.max(x))]
+        axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color="0.6", linewidth=0.8)
+        for i, (label, (x, y, low, high)) in enumerate(groups.items()):
+            # An interval of resampled fits need not hold the fit itself.
+            bars = [np.maximum(y - low, 0.0), np.maximum(high - y, 0.0)]
+            style = {"fmt": "o", "markersize": 3.5, "elinewidth": 0.8, "color": f"C{i}"}
+            axes.errorbar(x, y, yerr=bars, label=label, **style)
+        axes.legend(fontsize=8, frameon=False)
+        return _svg(figure)
+
+
 def layer_values(rows: Rows, prefix: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
     """(x [steps], values [layers, steps], NaN where missing) of the metrics PREFIX + number."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)")

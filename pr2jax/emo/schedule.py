@@ -33,6 +33,7 @@ class EMOConfig:
       growth: how newborns start.
       rewarmup_steps: over which the learning rate rises again after growth.
       unmask_steps: after growth by `masked_copy`, when newborns begin to take part.
+      measure_steps: steps of each stage's model that the plan times before the run (0: none).
     """
 
     experts: tuple[int, ...] = ()
@@ -44,6 +45,7 @@ class EMOConfig:
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     rewarmup_steps: int = 500
     unmask_steps: int = 0
+    measure_steps: int = 3
 
     def validate(self) -> None:
         """Raises ConfigError("key: why")."""
@@ -61,7 +63,7 @@ class EMOConfig:
                 )
         if self.shares and abs(sum(self.shares) - 1.0) > 1e-3:
             raise ConfigError(f"shares: {self.shares} add up to {sum(self.shares):.4f}, not 1")
-        for key in ("law_params", "rewarmup_steps", "unmask_steps"):
+        for key in ("law_params", "rewarmup_steps", "unmask_steps", "measure_steps"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key}: must be >= 0, got {getattr(self, key)}")
         if (self.growth.init == "masked_copy") != (self.unmask_steps > 0):

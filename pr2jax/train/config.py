@@ -224,23 +224,34 @@ class CellConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Many runs of this configuration, as mode `rl` (train/study.py).
+    """Many runs of this configuration (train/study.py).
 
     Attributes:
+      kind: what the runs are of and what is reported: `replay` (mode rl; train/study_report.py),
+        `growth` (mode pretrain; train/growth_report.py) or `law` (mode pretrain;
+        train/law_report.py).
       cells: what differs between the runs.
       warmup: start all cells of a seed from one SFT run of that seed, else from `init_from`.
       workers: runs at a time.
       cores_per_worker: cores that a run is pinned to (0: not pinned).
       steady_from: rollout batches at the start that figures leave out.
       report_every: finished cells between two reports.
+      runs_csv: kind `law`: a table of runs that are there already, in place of cells (columns:
+        scaling/fitting.py).
+      held_out: kind `law`: share of the runs, those with most compute, that the law is judged by.
+      resamples: kind `law`: refits that its intervals come from.
     """
 
+    kind: Literal["replay", "growth", "law"] = "replay"
     cells: tuple[CellConfig, ...] = ()
     warmup: bool = True
     workers: int = 1
     cores_per_worker: int = 1
     steady_from: int = 0
     report_every: int = 5
+    runs_csv: str = ""
+    held_out: float = 0.2
+    resamples: int = 100
 
     def validate(self) -> None:
         """Raises ConfigError("key: why")."""
@@ -249,6 +260,14 @@ class StudyConfig:
                 raise ConfigError(f"{key}: must be >= {least}, got {getattr(self, key)}")
         if self.steady_from < 0:
             raise ConfigError(f"steady_from: must be >= 0, got {self.steady_from}")
+        if self.kind != "replay" and (self.warmup or self.steady_from):
+            raise ConfigError("warmup, steady_from: only kind 'replay' has them")
+        if self.runs_csv and (self.kind != "law" or self.cells):
+            raise ConfigError("runs_csv: only kind 'law' reads it, and in place of cells")
+        if not 0.0 < self.held_out < 1.0:
+            raise ConfigError(f"held_out: must lie between 0 and 1, got {self.held_out}")
+        if self.resamples < 2:
+            raise ConfigError(f"resamples: must be >= 2, got {self.resamples}")
         names = {(cell.group, cell.name) for cell in self.cells}
         for i, cell in enumerate(self.cells):
             if cell.seeds < 1:
@@ -332,11 +351,13 @@ class Config:
             raise ConfigError("sft.bias_update_rate: the model's router has no selection bias")
         if self.mode == "pretrain" and self.pretrain.bias_update_rate and not biased:
             raise ConfigError("pretrain.bias_update_rate: the model's router has no selection bias")
-        if self.tokenizer.untrained and self.mode != "pretrain" and not self.init_from:
+        replays = self.mode == "study" and self.study.kind == "replay"
+        pretrains = self.mode == "pretrain" or (self.mode == "study" and not replays)
+        if self.tokenizer.untrained and not pretrains and not self.init_from:
             raise ConfigError("tokenizer.path: only mode 'pretrain' trains a tokenizer")
-        if self.mode == "study" and not self.study.cells:
+        if self.mode == "study" and not (self.study.cells or self.study.runs_csv):
             raise ConfigError("study.cells: mode 'study' needs at least one")
-        if self.mode == "study" and self.study.steady_from >= self.rl.steps:
+        if replays and self.study.steady_from >= self.rl.steps:
             raise ConfigError(f"study.steady_from: leaves nothing of rl.steps={self.rl.steps}")
         if self.mode == "generate" and not (self.generate.prompts or self.generate.task):
             raise ConfigError("generate.prompts: mode 'generate' needs prompts, or generate.task")

@@ -21,6 +21,7 @@ import numpy as np
 
 from pr2jax.core.checkpoint import Checkpointer
 from pr2jax.core.config import ConfigError
+from pr2jax.core.hardware import GB
 from pr2jax.core.metrics import read_jsonl, write_json
 from pr2jax.core.params import init_params
 from pr2jax.core.sharding import param_shardings
@@ -36,6 +37,7 @@ from pr2jax.train.session import Session
 
 log = logging.getLogger("pr2jax")
 
+PLAN = "plan.json"
 # Steps before growth whose mean loss says when it is recovered from, and a mean's length after.
 RECOVERY_WINDOW = 10
 
@@ -103,14 +105,65 @@ def table(session: Session, phases: list[Phase]) -> list[dict[str, Any]]:
 def log_table(rows: list[dict[str, Any]]) -> None:
     """The plan, before anything runs."""
     head = ("stage", "experts", "total", "active", "steps", "tokens", "share", "law's loss")
-    log.info("%5s %14s %10s %10s %7s %9s %6s %10s", *head)
+    log.info("%5s %14s %10s %10s %7s %9s %6s %10s %8s %8s", *head, "s/step", "GB/chip")
+    told = lambda value, scale: "-" if value is None else f"{value / scale:.3f}"
     for row in rows:
         pool = f"{row['experts']}" + (f" ({row['masked']} masked)" if row["masked"] else "")
         log.info(
-            "%5d %14s %9.2fM %9.2fM %7d %8.2fM %5.1f%% %10.3f",
+            "%5d %14s %9.2fM %9.2fM %7d %8.2fM %5.1f%% %10.3f %8s %8s",
             *(row["stage"], pool, row["total_params"] / 1e6, row["active_params"] / 1e6),
             *(row["steps"], row["tokens"] / 1e6, 100 * row["share"], row["law_loss"]),
+            *(told(row["step_seconds"], 1.0), told(row["memory_bytes"], GB)),
         )
+    saving = predicted_saving(rows)
+    if saving is not None:
+        log.info("saving predicted against the last pool from the start: %.1f%%", 100 * saving)
+
+
+def predicted_saving(rows: list[dict[str, Any]]) -> float | None:
+    """1 - sum(share t / t_last): step time won over training the last pool all along (None: not
+    measured)."""
+    if any(row["step_seconds"] is None for row in rows):
+        return None
+    last = rows[-1]["step_seconds"]
+    return 1.0 - sum(row["share"] * row["step_seconds"] / last for row in rows)
+
+
+class Trainers:
+    """The phases' trainers, made when they are asked for; a phase's program compiles once."""
+
+    def __init__(self, session: Session, data: PretrainData, phases: list[Phase]):
+        self.phases, self._data = phases, data
+        self.sessions = [phase_session(session, phase, phases) for phase in phases]
+        self._made: dict[int, PretrainTrainer] = {}
+
+    def __getitem__(self, index: int) -> PretrainTrainer:
+        if index not in self._made:
+            self._made[index] = PretrainTrainer(self.sessions[index], self._data)
+        return self._made[index]
+
+    def drop(self, index: int) -> None:
+        """Lets a phase's trainer and its programs go."""
+        self._made.pop(index, None)
+
+
+def plan(session: Session, trainers: Trainers) -> list[dict[str, Any]]:
+    """`table` with what each phase's program takes on this machine: `step_seconds` (median of
+    emo.measure_steps, after one that compiles) and `memory_bytes` a chip, both None where nothing
+    is measured. Kept in plan.json: a run that goes on measures nothing again."""
+    rows = table(session, trainers.phases)
+    path = session.workdir / PLAN
+    own = {"stages": rows, "device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+    own = json.loads(json.dumps(own))
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["planned"] == own:
+            return found["stages"]
+    steps = session.cfg.emo.measure_steps
+    empty = {"step_seconds": None, "memory_bytes": None}
+    found = [row | (trainers[i].measure(steps) if steps else empty) for i, row in enumerate(rows)]
+    write_json(path, {"planned": own, "stages": found, "predicted_saving": predicted_saving(found)})
+    return found
 
 
 def folder(phase: Phase) -> str:
@@ -149,20 +202,16 @@ def change(
     )
 
 
-def _transition(
-    phase: Phase,
-    sessions: list[Session],
-    trainers: tuple[PretrainTrainer, PretrainTrainer],
-    state: TrainState,
-) -> TrainState:
+def _transition(phase: Phase, trainers: Trainers, state: TrainState) -> TrainState:
     """Changes the pool and writes down what it did to the held-out loss (growth_INDEX.json)."""
-    before, after = sessions[phase.index - 1], sessions[phase.index]
+    before, after = trainers.sessions[phase.index - 1 : phase.index + 1]
+    smaller, larger = trainers[phase.index - 1], trainers[phase.index]
     path = after.workdir / f"growth_{phase.index}.json"
-    loss = trainers[0].full(state.params)["loss"]
+    loss = smaller.full(state.params)["loss"]
     start = time.monotonic()
-    state = jax.block_until_ready(change(state, before, after, phase, trainers[1].optimizer))
+    state = jax.block_until_ready(change(state, before, after, phase, larger.optimizer))
     seconds = time.monotonic() - start
-    found = trainers[1].full(state.params)["loss"]
+    found = larger.full(state.params)["loss"]
     event = {
         "phase": phase.index,
         "step": phase.start,
@@ -183,25 +232,23 @@ def _transition(
     return state
 
 
-def train(
-    session: Session, data: PretrainData, params, phases: list[Phase], profile_steps: int = 0
-) -> tuple[PretrainTrainer, Any]:
+def train(trainers: Trainers, params, profile_steps: int = 0) -> tuple[PretrainTrainer, Any]:
     """Runs every phase that is left; returns the last one's trainer and outcome.
 
     `params`: initial parameters of the first phase; not read where another has begun.
     """
-    sessions = [phase_session(session, phase, phases) for phase in phases]
-    done = [_begun(session.workdir / folder(phase)) for phase in phases]
+    phases = trainers.phases
+    done = [_begun(trainers.sessions[0].workdir / folder(phase)) for phase in phases]
     first = max((i for i, begun in enumerate(done) if begun), default=0)
-    trainer = PretrainTrainer(sessions[first], data)
+    trainer = trainers[first]
     if first:  # shapes only: its checkpoint is read
-        own = sessions[first]
+        own = trainers.sessions[first]
         params = init_params(own.specs, own.key("params"), own.shardings)
     state = trainer.initial_state(params)
     del params
     outcome = None
     for phase in phases[first:]:
-        own = sessions[phase.index]
+        own = trainers.sessions[phase.index]
         outcome = run(
             trainer,
             state,
@@ -214,12 +261,10 @@ def train(
             profile_steps=profile_steps if phase.index == first else 0,
         )
         if phase.index + 1 < len(phases):
-            following = PretrainTrainer(sessions[phase.index + 1], data)
-            state = _transition(
-                phases[phase.index + 1], sessions, (trainer, following), outcome.state
-            )
-            following.remember(trainer.memory())
-            trainer, outcome = following, None
+            state = _transition(phases[phase.index + 1], trainers, outcome.state)
+            trainers[phase.index + 1].remember(trainer.memory())
+            trainer, outcome = trainers[phase.index + 1], None
+            trainers.drop(phase.index)
     return trainer, outcome
 
 

@@ -166,12 +166,13 @@ def run_pretrain(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
 def _grow(session: Session, data: PretrainData, profile_steps: int) -> None:
     """Pre-training in stages of a growing pool (EMO)."""
     phases = emo.phases_of(session.cfg)
-    plan = emo.table(session, phases)
+    trainers = emo.Trainers(session, data, phases)
+    plan = emo.plan(session, trainers)
     emo.log_table(plan)
-    first = PretrainTrainer(emo.phase_session(session, phases[0], phases), data)
+    first = trainers[0]
     params = session.initial_params()
     start = _held_out(session, first, "start", params, 0)
-    trainer, outcome = emo.train(session, data, params, phases, profile_steps)
+    trainer, outcome = emo.train(trainers, params, profile_steps)
     end = _held_out(session, trainer, "end", outcome.state.params, outcome.steps)
     summary = _summary(
         session,
@@ -180,6 +181,7 @@ def _grow(session: Session, data: PretrainData, profile_steps: int) -> None:
         start=start["metrics"],
         end=end["metrics"],
         stages=plan,
+        predicted_saving=emo.predicted_saving(plan),
         growth=emo.events(session.workdir, phases),
     )
     report.write_pretrain(session, summary, emo.rows(session.workdir, phases))

@@ -14,7 +14,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pr2jax.core.config import ConfigError
+from pr2jax.core.hardware import needed_bytes, peak_flops
 from pr2jax.core.optim import build_optimizer
+from pr2jax.core.params import init_params
 from pr2jax.core.state import TrainState, create
 from pr2jax.data import training
 from pr2jax.data.documents import Documents, read_documents, split
@@ -22,6 +24,7 @@ from pr2jax.data.held_out import HeldOut, held_out_rows
 from pr2jax.data.packing import PackedRows
 from pr2jax.data.stream import Batch, RowStream
 from pr2jax.evaluation.passk import Interval, ratio_interval
+from pr2jax.models.flops import training_flops
 from pr2jax.train.config import Config, PretrainConfig
 from pr2jax.train.session import Session
 from pr2jax.train.supervised import make_packed_score, make_packed_step, place_rows
@@ -127,6 +130,9 @@ class PretrainTrainer:
         )
         self._score = make_packed_score(model, dtype=dtype, mesh=mesh)
         self._batch: Batch | None = None
+        context = (cfg.row_length + 1) / 2
+        self._flops, _ = training_flops(model, cfg.batch * cfg.row_length, context)
+        self._peak = peak_flops() * jax.device_count()
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Documents, bytes, and what the held-out figures are over, by source."""
@@ -153,6 +159,28 @@ class PretrainTrainer:
         """A state around `params` at step 0."""
         return create(params, self.optimizer)
 
+    def measure(self, steps: int) -> dict[str, float | int]:
+        """What a step of random parameters on random tokens takes: `step_seconds` (median of
+        `steps` after one that compiles) and `memory_bytes` a device, by the compiler."""
+        session, cfg = self.session, self.session.cfg
+        rows, length = cfg.pretrain.batch // self.hosts, cfg.pretrain.row_length
+        shape = (rows, length)
+        tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape)
+        ones = np.ones(shape, np.int32)
+        places = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
+        fields = {"tokens": tokens.astype(np.int32), "positions": places, "segment_ids": ones}
+        batch = place_rows(PackedRows(**fields, loss_mask=ones > 0), session.mesh)
+        params = init_params(session.specs, session.key("measure"), session.shardings)
+        state = jax.block_until_ready(self.initial_state(params))
+        del params
+        memory = needed_bytes(self._step.lower(state, batch).compile())
+        seconds = []
+        for _ in range(steps + 1):
+            start = time.monotonic()
+            state, _ = jax.block_until_ready(self._step(state, batch))
+            seconds.append(time.monotonic() - start)
+        return {"step_seconds": float(np.median(seconds[1:])), "memory_bytes": memory}
+
     def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Any]]:
         """One optimizer step, on the stream's next batch."""
         if index == 0 and self.stream.position:
@@ -171,9 +199,12 @@ class PretrainTrainer:
         metrics |= {
             "tokens_per_second": (cfg.batch * cfg.row_length, seconds),
             "time/data": (waited, 1.0),
+            "model_flops_per_second": (self._flops, seconds),
             "documents_per_row": (sum(len(row) for row in batch.pieces), rows),
             "cut_per_row": (batch.cut, rows),
         }
+        if self._peak:
+            metrics["mfu"] = (self._flops / self._peak, seconds)
         if len(self.data.train) > 1:
             for documents in self.data.train:
                 own = sum(row[0].source == documents.name for row in batch.pieces)

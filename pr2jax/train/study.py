@@ -1,13 +1,13 @@
 """A study: the same run in many settings and seeds, each a process of its own, and what it shows.
 
-Every cell is the study's own configuration with a few overrides, run as mode `rl` once a seed
-(`python -m pr2jax.main --config=.../saved.py:CONFIG.json`). With `study.warmup` all cells of a
-seed start from the same SFT run of that seed. Runs that have finished are never made again, so the
-same command goes on after any interruption; a failed run is reported, hides no other, and is tried
-again by the next start. The workdir:
+Every cell is the study's own configuration with a few overrides, run once a seed, as mode `rl` or
+`pretrain` by the study's kind (`python -m pr2jax.main --config=.../saved.py:CONFIG.json`). With
+`study.warmup` all cells of a seed start from the same SFT run of that seed. Runs that have finished
+are never made again, so the same command goes on after any interruption; a failed run is reported,
+hides no other, and is tried again by the next start. The workdir:
 
   warmup/seed_S/, cells/GROUP/NAME/seed_S/      a run each: config.in.json, log.txt, what it writes
-  study.json, study.md, report.html, figures/   all runs so far (`train/study_report.py`)
+  study.json, study.md, report.html, figures/   all runs so far (the kind's report)
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ import jax
 
 from pr2jax.core.config import ConfigError, from_config_dict
 from pr2jax.core.metrics import SUMMARY, Progress, write_json
-from pr2jax.train import study_report
+from pr2jax.train import growth_report, law_report, study_report
 from pr2jax.train.config import CellConfig, Config
 from pr2jax.train.loop import Interrupted, StopRequest
 
 log = logging.getLogger("pr2jax")
 
 _INPUT, _LOG = "config.in.json", "log.txt"
+_MODES = {"replay": "rl", "growth": "pretrain", "law": "pretrain"}
+_REPORTS = {"replay": study_report.write, "growth": growth_report.write, "law": law_report.write}
 
 
 class StudyError(RuntimeError):
@@ -100,10 +102,10 @@ def plan_jobs(cfg: Config, workdir: Path) -> list[Job]:
 
     Raises ConfigError, naming the cell, for settings that no run could use.
     """
-    base = dataclasses.asdict(cfg) | {"mode": "rl"}
+    base = dataclasses.asdict(cfg) | {"mode": _MODES[cfg.study.kind]}
     base["study"] = dataclasses.asdict(type(cfg.study)())
     study, jobs = cfg.study, []
-    seeds = range(cfg.seed, cfg.seed + max(cell.seeds for cell in study.cells))
+    seeds = range(cfg.seed, cfg.seed + max((cell.seeds for cell in study.cells), default=0))
     warm = lambda seed: workdir / "warmup" / f"seed_{seed}"
     if study.warmup:
         for seed in seeds:
@@ -160,7 +162,7 @@ def run_study(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
     _write_inputs(jobs)
     with StopRequest() as stop, _only_one(root):
         failed = _Workers(cfg, jobs, stop, root).run()
-        study_report.write(cfg, root, jobs, failed)
+        _REPORTS[cfg.study.kind](cfg, root, jobs, failed)
         if stop.requested:
             raise Interrupted("study: stopped; the same command goes on")
     if failed:
@@ -229,7 +231,7 @@ class _Workers:
             done = sum(j.done for j in self.jobs)
             progress.update(done, {"last": job.name, "failed": len(failed)})
             if job.cell is not None and done % self.cfg.study.report_every == 0:
-                study_report.write(self.cfg, self.root, self.jobs, failed)
+                _REPORTS[self.cfg.study.kind](self.cfg, self.root, self.jobs, failed)
         return failed
 
     def _work(self, waiting: queue.Queue[Job], cores: list[int]) -> None:

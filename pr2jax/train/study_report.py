@@ -165,7 +165,7 @@ def _mean_curve(curves: list[list[float]]) -> list[float]:
     return np.mean([c[:length] for c in curves], axis=0).tolist() if length else []
 
 
-def _show(found: Mapping[str, Any] | None, signed: bool = False, digits: int = 3) -> str:
+def show(found: Mapping[str, Any] | None, signed: bool = False, digits: int = 3) -> str:
     """Mean and interval of a figure, where there is one."""
     if not found:
         return ""
@@ -224,7 +224,7 @@ def _rows(cells: Mapping[str, Mapping[str, Any]], columns: _Columns) -> list[lis
     rows = []
     for name, cell in cells.items():
         shown = [
-            _show(cell[where].get(key), signed, 5 if "kl" in key else 3)
+            show(cell[where].get(key), signed, 5 if "kl" in key else 3)
             for _, key, signed, where in columns
         ]
         if any(shown):
