@@ -162,6 +162,21 @@ def test_divergence_of_a_program_with_itself_is_none(local, capsys, tmp_path):
     assert "same program" in out
 
 
+@pytest.mark.slow
+def test_experts_tells_where_the_time_goes(local, capsys, tmp_path):
+    flags = ("experts", "--smoke", "--repeats=2", "--dtype=float32")
+    out, report = run(capsys, tmp_path, *flags)
+    check_common(report, "experts")
+    assert [r["name"] for r in report["rows"]] == ["2 experts", "4 experts"]
+    two, four = report["rows"]
+    router = lambda experts: 2 * (32 + 1) * experts  # two layers' columns and biases
+    assert two["active"] - router(2) == four["active"] - router(4)
+    assert four["parameters"] > two["parameters"]
+    assert sum(report["check"]["grown"].values()) == pytest.approx(1.0)
+    assert report["ratios"][0]["median"] == 1.0
+    assert "1.72x" in out
+
+
 def test_peaks_in_a_process_of_its_own(capsys, tmp_path):
     flags = ("peaks", "--smoke", "--repeats=1", "--dtype=float32")
     out, report = run(capsys, tmp_path, *flags)

@@ -4,6 +4,7 @@
   python -m pr2jax.benchmark decode [--peer=transformers]   sampling
   python -m pr2jax.benchmark grpo   [--peer=trl]            a GRPO step
   python -m pr2jax.benchmark pr2                            what PR2 costs over R3
+  python -m pr2jax.benchmark experts                        step time by the number of experts
   python -m pr2jax.benchmark divergence                     how often programs of the sampler part
   python -m pr2jax.benchmark peaks  [--peer=torch]          what the machine multiplies
 
@@ -20,7 +21,7 @@ its figures, and those of a busy machine (`--quiet_check`), mean nothing.
   machine      versions and hardware; quiet {load_1min, busy_share, quiet} before the start
   overrides    of --set
 
-of train, decode, grpo, pr2 (`rows` are what was compared):
+of train, decode, grpo, pr2, experts (`rows` are what was compared):
 
   rows[]       name; side "ours" or "peer"; dtype; settings; tries {setting: seconds} (peers);
                seconds {median, min, max, all} of one step; per_second {median, min, max}, in
@@ -37,6 +38,8 @@ of train, decode, grpo, pr2 (`rows` are what was compared):
                pr2: {cost {mini_step, step} (seconds of pr2 over r3's), features {rows, places,
                bytes, index_bytes, predicted_bytes}, predictor_work {r3, pr2: {calls,
                instructions}}, r3_free_of_predictor}
+               experts: {step, layer, experts, update (last pool over first), grown {PART: share
+               of what the step grew by}, paper}; its ratios are seconds(to) / seconds(first pool)
 
 of divergence: `programs[]` {program, dtype, rows, diverged, tokens, rate} (sampler/divergence.py).
 

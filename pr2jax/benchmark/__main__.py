@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pr2jax.benchmark import commands, machine
+from pr2jax.benchmark import experts as pools
 from pr2jax.benchmark.commands import Options
 from pr2jax.benchmark.sides import BenchmarkError
 from pr2jax.benchmark.workload import FULL, SMOKE, model_config, parse_overrides, sampler_config
@@ -27,10 +28,11 @@ COMMANDS: dict[str, tuple[Callable[[Options], tuple[dict, str]], tuple[str, ...]
     "decode": (commands.decode, ("transformers",), (*_DECODE, "feature_tokens")),
     "grpo": (commands.grpo, ("trl",), _GRPO),
     "pr2": (commands.pr2, (), _GRPO),
+    "experts": (pools.experts, (), ("batch", "length")),
     "divergence": (commands.divergence, (), _DECODE),
     "peaks": (commands.peaks, ("torch",), ()),
 }
-_TIMED = ("train", "decode", "grpo", "pr2")
+_TIMED = ("train", "decode", "grpo", "pr2", "experts")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -143,8 +143,8 @@ def bench(options: Options) -> Iterator[Bench]:
         yield Bench(options, stack)
 
 
-def _report(work: Bench, answers, units: float, ratios) -> dict[str, Any]:
-    """rows and ratios; a peer's operations are counted as ours are."""
+def report_rows(work: Bench, answers, units: float, ratios) -> dict[str, Any]:
+    """rows, ratios and machine; a peer's operations are counted as ours are."""
     flops = next(e.ready["flops"] for e in work.entries if e.kind == "ours")
     rows = [
         row(e, a, units, e.ready.get("flops", flops))
@@ -169,7 +169,7 @@ def train(options: Options) -> tuple[dict[str, Any], str]:
         check = check_losses(work.entries)
         answers = work.measure()
         ratios = against_best_peer(work.entries, answers)
-        report = _report(work, answers, s.batch * s.length, ratios) | {"check": check}
+        report = report_rows(work, answers, s.batch * s.length, ratios) | {"check": check}
     lines = [f"training step, {s.batch} x {s.length} tokens", table.compared(report, "tokens")]
     lines.append(table.peaks_line(report["rows"]))
     if check:
@@ -197,7 +197,7 @@ def decode(options: Options) -> tuple[dict[str, Any], str]:
         work.peers("transformers_decode", prompts=prompts, new=s.new)
         answers = work.measure()
         ratios = against_best_peer(work.entries, answers)
-        report = _report(work, answers, s.rows * s.new, ratios)
+        report = report_rows(work, answers, s.rows * s.new, ratios)
     head = f"decode, {s.rows} rows, prompt {s.prompt}, {s.new} new tokens, temperature 1"
     logs = "pr2jax logs routes and log-probs throughout; pr2: predicted routes and features too"
     told = [head, table.compared(report, "new tokens"), table.peaks_line(report["rows"]), logs]
@@ -225,7 +225,7 @@ def grpo(options: Options) -> tuple[dict[str, Any], str]:
         work.peers("trl_grpo", texts=texts, **peer, **RL_OPTIMIZER)
         answers = work.measure()
         ratios = against_best_peer(work.entries, answers)
-        report = _report(work, answers, 1, ratios)
+        report = report_rows(work, answers, 1, ratios)
     head = (
         f"GRPO step, {s.prompts} prompts x {s.samples} completions x {s.completion} tokens "
         f"after {s.prompt}, one update"
@@ -256,7 +256,7 @@ def pr2(options: Options) -> tuple[dict[str, Any], str]:
         names = [e.side.name for e in work.entries]
         # So that above 1 is what pr2 costs: seconds(pr2) / seconds(r3).
         ratios = [ratio(names[i], names[i + 1], seconds[i], seconds[i + 1]) for i in (0, 2)]
-        report = _report(work, answers, 1, ratios)
+        report = report_rows(work, answers, 1, ratios)
         ready = [e.ready for e in work.entries[:2]]
     check = {
         "features": ready[1]["features"],

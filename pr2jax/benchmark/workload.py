@@ -112,6 +112,25 @@ def model_config(smoke: bool, overrides: dict[str, Any] | None = None) -> ModelC
     return edited(cfg, overrides or {}, "model")
 
 
+def experts_model(smoke: bool, experts: int, overrides: dict[str, Any]) -> ModelConfig:
+    """EMO's main run (arXiv 2605.13247) made small: k = 8 of `experts` and a shared one, experts
+    3/8 as wide as the model, sigmoid scores with a selection bias; `overrides` as above."""
+    cfg = model_config(smoke)
+    width = 3 * cfg.d_model // 8
+    moe = MoEConfig(
+        num_experts=experts,
+        top_k=2 if smoke else 8,
+        expert_dim=width,
+        shared_dim=width,
+        score="sigmoid",
+        selection_bias=True,
+        predictor=False,
+    )
+    layers = min(cfg.num_layers, 4)
+    cfg = dataclasses.replace(cfg, moe=moe, num_layers=layers, tie_embeddings=True)
+    return edited(cfg, overrides, "model")
+
+
 def sampler_config(
     sizes: Sizes, rows: int, new: int, overrides: dict[str, Any] | None = None
 ) -> SamplerConfig:

@@ -17,7 +17,7 @@ from pr2jax.train.loop import LEDGER
 from pr2jax.train.sft import pack_problems
 
 # Figures of the clock or of the process, not of the run.
-TIMED = ("time", "tokens_per_second", "compilations")
+TIMED = ("time", "tokens_per_second", "model_flops_per_second", "mfu", "compilations")
 TIMED_PREFIXES = ("time/", "journal/")
 BY_THE_CLOCK = "sft_continued"
 

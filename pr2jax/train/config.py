@@ -242,8 +242,8 @@ class StudyConfig:
       resamples: kind `law`: refits that its intervals come from.
     """
 
-    kind: Literal["replay", "growth", "law"] = "replay"
     cells: tuple[CellConfig, ...] = ()
+    kind: Literal["replay", "growth", "law"] = "replay"
     warmup: bool = True
     workers: int = 1
     cores_per_worker: int = 1

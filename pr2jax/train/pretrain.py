@@ -165,11 +165,16 @@ class PretrainTrainer:
         session, cfg = self.session, self.session.cfg
         rows, length = cfg.pretrain.batch // self.hosts, cfg.pretrain.row_length
         shape = (rows, length)
-        tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape)
-        ones = np.ones(shape, np.int32)
-        places = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
-        fields = {"tokens": tokens.astype(np.int32), "positions": places, "segment_ids": ones}
-        batch = place_rows(PackedRows(**fields, loss_mask=ones > 0), session.mesh)
+        values = {
+            "tokens": np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape),
+            "positions": np.broadcast_to(np.arange(length), shape),
+            "segment_ids": np.ones(shape),
+            "loss_mask": np.ones(shape),
+        }
+        # Of the very types of real rows: the run's first step is to find this program.
+        types = {name: field.dtype for name, field in self.held_out[0].rows._asdict().items()}
+        fields = {name: values[name].astype(kind) for name, kind in types.items()}
+        batch = place_rows(PackedRows(**fields), session.mesh)
         params = init_params(session.specs, session.key("measure"), session.shardings)
         state = jax.block_until_ready(self.initial_state(params))
         del params

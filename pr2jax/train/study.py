@@ -158,6 +158,7 @@ def run_study(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
     if profile_steps:
         raise ConfigError("--profile: a study traces nothing; profile one of its runs")
     root = Path(workdir).resolve()
+    root.mkdir(parents=True, exist_ok=True)
     jobs = plan_jobs(cfg, root)
     _write_inputs(jobs)
     with StopRequest() as stop, _only_one(root):

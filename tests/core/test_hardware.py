@@ -6,6 +6,7 @@ import pytest
 
 from pr2jax.core import hardware
 from pr2jax.core.config import ConfigError
+from pr2jax.core.hardware import peak_flops
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,13 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'pip install "jax\[tpu\]"'):
         hardware.absent_devices(hardware.parse_topology("v5e:2x4"))
+
+
+def test_peaks_by_the_names_that_jax_gives():
+    assert peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("TPU v5") == 459e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("cpu") == peak_flops() == 0.0
 
 
 def test_this_machine_has_memory():

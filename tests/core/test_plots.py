@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 
-from pr2jax.core.plots import curve, heatmap, layer_values, series, smoothed
+from pr2jax.core.plots import curve, heatmap, layer_values, scatter, series, smoothed
 
 ROWS = [
     {"step": 2, "reward": 0.5, "lo": 0.4, "hi": 0.6, "agree/layer_0": 0.9, "agree/layer_1": 0.7},
@@ -55,6 +55,14 @@ def test_curve_is_svg_with_its_labels():
     for word in ("Reward < 1 & more", "share", "step", "train", "held out"):
         assert word in text
     assert curve(ROWS, "reward") == curve(ROWS, "reward")
+
+
+def test_scatter():
+    x = np.array([1.0, 2.0])
+    svg = scatter({"mine": (x, x, x - 0.1, x + 0.1)}, title="loss", xlabel="measured")
+    parsed(svg)
+    for text in ("loss", "measured", "mine"):
+        assert text in svg
 
 
 def test_missing_metric_says_so():

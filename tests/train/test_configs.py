@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
@@ -163,6 +164,32 @@ def test_pretrain_grow_sft_and_rl_in_one_command(tmp_path):
     _, arrays = read_arrays(tmp_path / "rl" / "checkpoints")
     predictor = arrays["params/segment_0/block_0/moe/predictor/kernel"]
     assert predictor.shape[-1] == 16
+
+
+@pytest.mark.slow
+def test_a_state_that_has_been_through_rl_grows(trained, tmp_path):
+    words = ["chess>ssehc", "hello>olleh", "growth>htworg"] * 20
+    rows = (json.dumps({"text": f"{word}{i % 7 * 'a'}"}) for i, word in enumerate(words))
+    (tmp_path / "words.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    done = main(
+        "--config=configs/emo_text.py:smoke",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.init_from={trained / 'rl'}",
+        f"--config.pretrain.data.text.path={tmp_path / 'words.jsonl'}",
+        "--config.model.moe.predictor=True",
+        "--config.emo.experts=(16,24)",
+        "--config.emo.steps=(2,2)",
+    )
+    assert done.returncode == 0, done.stderr
+    name = "params/segment_0/block_0/moe/predictor/kernel"
+    _, before = read_arrays(trained / "rl" / "checkpoints")
+    _, after = read_arrays(tmp_path / "run" / "stage_1" / "checkpoints")
+    assert np.abs(before[name]).max() > 0  # RL taught it
+    assert after[name].shape[-1] == 24
+    # Pre-training has no loss of the predictor: what RL taught is there to the bit.
+    np.testing.assert_array_equal(after[name][..., :16], before[name])
+    [event] = json.loads((tmp_path / "run" / "summary.json").read_text())["growth"]
+    assert event["experts"] == [16, 24]
 
 
 def test_sources_of_a_mixture_are_named_by_the_argument():

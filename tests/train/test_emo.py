@@ -69,6 +69,20 @@ def test_stages_grow_and_say_what_they_did(whole):
         assert 0.0 < row["router_entropy"] <= np.log(row["experts"]) + 1e-5
     rates = [row["learning_rate"] for row in rows]
     assert rates[4] < rates[5] == pytest.approx(1e-2)  # warm again after growth
+    plan = json.loads((whole / "plan.json").read_text())
+    assert plan["stages"] == found["stages"]
+    seconds = [s["step_seconds"] for s in found["stages"]]
+    assert min(seconds) > 0
+    saved = 1 - sum(
+        s["share"] * t / seconds[-1] for s, t in zip(found["stages"], seconds, strict=True)
+    )
+    assert found["predicted_saving"] == pytest.approx(saved)
+    memory = [s["memory_bytes"] for s in found["stages"]]
+    for size, stage in zip(memory, found["stages"], strict=True):
+        assert size > 3 * 4 * stage["total_params"]  # parameters and two moments, fp32
+    # The plan compiled every stage's step: growth and training compile it no second time.
+    assert [row["compilations"] for row in rows if row["step"] in (1, 5, 8)] == [0, 0, 0]
+    assert all(row["model_flops_per_second"] > 0 for row in rows)
     page = (whole / "report.html").read_text()
     assert "How it grew" in page
     assert "expert-usage Gini" in page
