@@ -278,6 +278,24 @@ def rows(workdir: Path, phases: list[Phase]) -> list[dict[str, Any]]:
     return found
 
 
+def measured_saving(workdir: Path, phases: list[Phase]) -> float | None:
+    """`predicted_saving` with the median step of each phase as it was (None: a phase of fewer than
+    three steps; the first two compile)."""
+    found = [
+        [
+            1.0 / row["tokens_per_second"]
+            for row in read_jsonl(workdir / folder(phase))
+            if "loss" in row
+        ]
+        for phase in phases
+    ]
+    if min(map(len, found)) < 3:
+        return None
+    medians = [float(np.median(own[2:])) for own in found]
+    spent = sum((p.stop - p.start) * t for p, t in zip(phases, medians, strict=True))
+    return 1.0 - spent / (phases[-1].stop * medians[-1])
+
+
 def events(workdir: Path, phases: list[Phase]) -> list[dict[str, Any]]:
     """What every growth and unmasking did, `recovery_steps` among it: steps until the mean
     training loss of RECOVERY_WINDOW steps is back at that of the last ones before (None: never)."""

@@ -182,6 +182,7 @@ def _grow(session: Session, data: PretrainData, profile_steps: int) -> None:
         end=end["metrics"],
         stages=plan,
         predicted_saving=emo.predicted_saving(plan),
+        measured_saving=emo.measured_saving(session.workdir, phases),
         growth=emo.events(session.workdir, phases),
     )
     report.write_pretrain(session, summary, emo.rows(session.workdir, phases))

@@ -283,6 +283,8 @@ def write_pretrain(session: Session, summary: Mapping[str, Any], rows: Rows | No
         Tile("bits per byte", _from_to(start, end, "bits_per_byte"), "held out"),
         Tile("tokens / s", _last(rows, "tokens_per_second"), "last step"),
     ]
+    if rows and "mfu" in rows[-1]:
+        tiles.append(Tile("MFU", _last(rows, "mfu"), "of the chips' bf16 peak, last step"))
     sections = [outcome, Section("How it learned", [page.figures(items)])]
     if "stages" in summary:
         sections.insert(1, _growth_section(summary, rows))
@@ -303,6 +305,11 @@ def _growth_section(summary: Mapping[str, Any], rows: Rows) -> Section:
         for e in summary["growth"]
     ]
     stages = summary["stages"]
+    savings = [
+        f"Step time saved against the last pool from the start, {name}: {100 * saving:.1f}%."
+        for name in ("predicted", "measured")
+        if (saving := summary[f"{name}_saving"]) is not None
+    ]
     items = [
         (curve(rows, "experts", title="experts that take part"), "By step."),
         (
@@ -322,6 +329,7 @@ def _growth_section(summary: Mapping[str, Any], rows: Rows) -> Section:
         "How it grew",
         [
             page.table(list(stages[0]), [list(stage.values()) for stage in stages]),
+            *savings,
             page.table(
                 ["step", "event", "experts", "jump of held-out loss", "steps to recover"], events
             ),

@@ -168,13 +168,21 @@ def test_pretrain_grow_sft_and_rl_in_one_command(tmp_path):
 
 @pytest.mark.slow
 def test_a_state_that_has_been_through_rl_grows(trained, tmp_path):
+    learned = main(
+        "--config=configs/quickstart.py:smoke",
+        f"--workdir={tmp_path / 'rl'}",
+        f"--config.init_from={trained / 'sft'}",
+        "--config.mode=rl",
+        "--config.rl_task.partial_credit=1.0",  # so that groups differ in reward this early
+    )
+    assert learned.returncode == 0, learned.stderr
     words = ["chess>ssehc", "hello>olleh", "growth>htworg"] * 20
     rows = (json.dumps({"text": f"{word}{i % 7 * 'a'}"}) for i, word in enumerate(words))
     (tmp_path / "words.jsonl").write_text("\n".join(rows), encoding="utf-8")
     done = main(
         "--config=configs/emo_text.py:smoke",
         f"--workdir={tmp_path / 'run'}",
-        f"--config.init_from={trained / 'rl'}",
+        f"--config.init_from={tmp_path / 'rl'}",
         f"--config.pretrain.data.text.path={tmp_path / 'words.jsonl'}",
         "--config.model.moe.predictor=True",
         "--config.emo.experts=(16,24)",
@@ -182,7 +190,7 @@ def test_a_state_that_has_been_through_rl_grows(trained, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     name = "params/segment_0/block_0/moe/predictor/kernel"
-    _, before = read_arrays(trained / "rl" / "checkpoints")
+    _, before = read_arrays(tmp_path / "rl" / "checkpoints")
     _, after = read_arrays(tmp_path / "run" / "stage_1" / "checkpoints")
     assert np.abs(before[name]).max() > 0  # RL taught it
     assert after[name].shape[-1] == 24

@@ -77,6 +77,7 @@ def test_stages_grow_and_say_what_they_did(whole):
         s["share"] * t / seconds[-1] for s, t in zip(found["stages"], seconds, strict=True)
     )
     assert found["predicted_saving"] == pytest.approx(saved)
+    assert found["measured_saving"] is None  # a stage of two steps tells nothing
     memory = [s["memory_bytes"] for s in found["stages"]]
     for size, stage in zip(memory, found["stages"], strict=True):
         assert size > 3 * 4 * stage["total_params"]  # parameters and two moments, fp32

@@ -207,11 +207,23 @@ def test_the_sweep_has_its_runs_and_waits_for_enough(tmp_path):
 
 
 @pytest.mark.slow
-def test_both_studies_run(tmp_path):
-    for name, runs in (("emo", 3), ("moe_law", 16)):
-        cfg = load(name, "smoke")
-        study = dataclasses.replace(cfg.study, workers=1, cores_per_worker=0, resamples=4)
-        workdir = tmp_path / name
-        run_study(dataclasses.replace(cfg, study=study), str(workdir))
-        assert (workdir / "report.html").exists()
-        assert len(list(workdir.glob("cells/*/*/seed_0/summary.json"))) == runs
+def test_a_study_of_growth_runs_and_its_runs_are_read(tmp_path):
+    cfg = load("emo", "smoke")
+    study = dataclasses.replace(cfg.study, cores_per_worker=0)
+    cfg = dataclasses.replace(cfg, study=study)
+    run_study(cfg, str(tmp_path))
+    text = (tmp_path / "study.md").read_text()
+    assert "3 of 3 runs are done; 0 failed" in text
+    assert "| EMO | 4 → 8 |" in text
+    # As points of a law: active parameters without embeddings, tokens, experts / k, loss.
+    jobs = [job for job in plan_jobs(cfg, tmp_path) if "fixed" in job.cell.name]
+    runs = law_report.gather(cfg, tmp_path, jobs)
+    attention, expert, norms = 4 * 32 * 32, 3 * 32 * 16, 2 * 32 + 2 * 16
+    for i, experts in enumerate((8, 4)):
+        router = (32 + 1) * experts
+        active = 2 * (attention + 5 * expert + norms + router) + 32
+        assert runs.n[i] == active
+        assert runs.d[i] == 6 * 2 * 64
+        assert runs.e[i] == experts / 4
+        end = json.loads((jobs[i].folder / "summary.json").read_text())["end"]
+        assert runs.loss[i] == end["loss"]["value"]
