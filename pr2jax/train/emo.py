@@ -32,12 +32,13 @@ from pr2jax.models.flops import active_params, total_params
 from pr2jax.models.transformer import param_specs
 from pr2jax.train.config import Config
 from pr2jax.train.loop import CHECKPOINTS, run
-from pr2jax.train.pretrain import PretrainData, PretrainTrainer
+from pr2jax.train.pretrain import PretrainData, PretrainTrainer, of_all_hosts
 from pr2jax.train.session import Session
 
 log = logging.getLogger("pr2jax")
 
 PLAN = "plan.json"
+_MEASURED = ("step_seconds", "memory_bytes")
 # Steps before growth whose mean loss says when it is recovered from, and a mean's length after.
 RECOVERY_WINDOW = 10
 
@@ -150,20 +151,26 @@ class Trainers:
 def plan(session: Session, trainers: Trainers) -> list[dict[str, Any]]:
     """`table` with what each phase's program takes on this machine: `step_seconds` (median of
     emo.measure_steps, after one that compiles) and `memory_bytes` a chip, both None where nothing
-    is measured. Kept in plan.json: a run that goes on measures nothing again."""
+    is measured. Kept in plan.json: a run that goes on measures nothing again. Of several hosts
+    the first one's figures count, and whether it has them: all must compile, or none."""
     rows = table(session, trainers.phases)
     path = session.workdir / PLAN
-    own = {"stages": rows, "device": jax.devices()[0].device_kind, "devices": jax.device_count()}
-    own = json.loads(json.dumps(own))
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["planned"] == own:
-            return found["stages"]
     steps = session.cfg.emo.measure_steps
-    empty = {"step_seconds": None, "memory_bytes": None}
-    found = [row | (trainers[i].measure(steps) if steps else empty) for i, row in enumerate(rows)]
+    own = {"stages": rows, "steps": steps, "devices": jax.device_count()}
+    own = json.loads(json.dumps(own | {"device": jax.devices()[0].device_kind}))
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = _first_hosts(known["stages"] if known.get("planned") == own else None)
+    if found is None:
+        empty = dict.fromkeys(_MEASURED)
+        made = [trainers[i].measure(steps) if steps else empty for i in range(len(rows))]
+        found = _first_hosts([row | own for row, own in zip(rows, made, strict=True)])
     write_json(path, {"planned": own, "stages": found, "predicted_saving": predicted_saving(found)})
     return found
+
+
+def _first_hosts(value: Any) -> Any:
+    """`value` (as JSON) of process 0, on all."""
+    return json.loads(of_all_hosts(json.dumps(value))[0])
 
 
 def folder(phase: Phase) -> str:

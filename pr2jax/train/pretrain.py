@@ -262,7 +262,7 @@ class PretrainTrainer:
 
     def memory(self) -> dict[str, Any]:
         """Where each host's stream stands, and in which documents."""
-        return {"streams": _of_all_hosts(self.stream.state()), "documents": self.data.fingerprint()}
+        return {"streams": of_all_hosts(self.stream.state()), "documents": self.data.fingerprint()}
 
     def remember(self, memory: dict[str, Any]) -> None:
         """Raises ConfigError where documents or the number of hosts are not those of the run."""
@@ -286,7 +286,7 @@ def _figures(prefix: str, nats, counts, sizes) -> dict[str, Interval]:
     }
 
 
-def _of_all_hosts(text: str) -> list[str]:
+def of_all_hosts(text: str) -> list[str]:
     """Every process's `text`, in order: one process writes the checkpoint for all."""
     if jax.process_count() == 1:
         return [text]

@@ -13,10 +13,13 @@ from pr2jax.core.sharding import MeshConfig, ShardingError
 from pr2jax.emo.expansion import GrowthConfig
 from pr2jax.emo.schedule import EMOConfig
 from pr2jax.models.config import ModelConfig, MoEConfig
+from pr2jax.models.importers.hf import export_checkpoint
+from pr2jax.models.upcycling import UpcycleConfig
 from pr2jax.train import audit, emo
 from pr2jax.train.config import Config, LoopConfig, PretrainConfig
 from pr2jax.train.pipeline import run_pretrain
 from pr2jax.train.session import open_session
+from tests.models.checkpoints import LLAMA, OLMOE, random_params
 from tests.train.test_pretrain import config as pretrain_config
 from tests.train.test_pretrain import folder  # noqa: F401 (a fixture)
 
@@ -209,3 +212,35 @@ def test_model_config_is_that_of_the_first_stage():
     )
     with pytest.raises(ConfigError, match="begin with 4, and the model has 16"):
         emo.phases_of(cfg)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["olmoe", "upcycled"])
+def test_a_pool_from_elsewhere_grows(kind, folder, tmp_path):  # noqa: F811
+    source = OLMOE if kind == "olmoe" else LLAMA
+    export_checkpoint(source, random_params(source), tmp_path / "hf")
+    pools = (8, 16) if kind == "olmoe" else (4, 8)
+    stages = EMOConfig(
+        experts=pools,
+        budget="steps",
+        steps=(3, 6),
+        rewarmup_steps=2,
+        growth=GrowthConfig(init="masked_copy"),
+        unmask_steps=3,
+    )
+    changes = {"init_from": str(tmp_path / "hf"), "emo": stages}
+    if kind == "upcycled":
+        changes["upcycle"] = UpcycleConfig(experts=4, top_k=2)
+    run_pretrain(config(folder, **changes), str(tmp_path / "run"))
+    found = summary(tmp_path / "run")
+    growth, unmasking = found["growth"]
+    assert growth["experts"] == [pools[0], pools[0]]
+    assert unmasking["experts"] == list(pools)
+    # Nothing changes while newborns are masked; what their taking part does is told.
+    assert abs(growth["jump"]) <= 1e-6
+    assert unmasking["jump"] == unmasking["loss_after"] - unmasking["loss_before"]
+    _, arrays = read_arrays(tmp_path / "run" / "stage_2" / "checkpoints")
+    assert arrays["params/segment_0/block_0/moe/experts/gate"].shape[1] == pools[1]
+    moe = found["config"]["model"]["moe"]
+    assert moe["top_k"] == (3 if kind == "olmoe" else 2)
+    assert found["end"]["loss"]["value"] < found["start"]["loss"]["value"]
