@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pr2jax.train.study import Job
 
 Rows = list[dict[str, Any]]
+_POINTS = 200  # of a curve in a figure
 
 
 def run_rows(folder: Path) -> list[Rows]:
@@ -163,7 +164,7 @@ def collect(cfg: Config, jobs: Sequence[Job]) -> dict[str, Any]:
             "relative": {},
             "curve": mean_curve(curves.get(key, [])),
         }
-        if len(own) > 1 and full:
+        if len(own) > 1 and pools.get((cell.group, cell.against)) == own[-1:]:
             entry["relative"] = summarise(
                 relative(found, full, _half(cfg, cell.group, pools, runs, own))
             )
@@ -259,12 +260,11 @@ def tables(cells: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str],
 
 def _figure(cells: Mapping[str, Any], x: str, y: str, title: str, smooth: float = 0.0) -> str:
     """A metric of every cell over tokens or seconds (mean over seeds)."""
-    rows = [
-        {x: point[x], name: point[y]}
-        for name, cell in cells.items()
-        for point in cell["curve"]
-        if y in point
-    ]
+    rows = []
+    for name, cell in cells.items():
+        points = [point for point in cell["curve"] if y in point]
+        shown = points[:: max(len(points) // _POINTS, 1)]
+        rows += [{x: point[x], name: point[y]} for point in shown]
     named = {name: name for name in cells}
     return curve(rows, named, title=title, x=x, smooth=smooth, size=(5.6, 3.6))
 
@@ -288,7 +288,7 @@ def _group_section(group: str, cells: Mapping[str, Any], root: Path) -> tuple[Se
             "By step time: without compiling and pauses.",
         ),
         "gini": (
-            _figure(cells, "tokens", "gini", "expert-usage Gini", smooth=0.95),
+            _figure(cells, "tokens", "gini", "expert-usage Gini", smooth=0.8),
             "Of assignments over experts, mean of layers: 0 is balance.",
         ),
     }
