@@ -168,7 +168,7 @@ def test_experts_tells_where_the_time_goes(local, capsys, tmp_path):
     out, report = run(capsys, tmp_path, *flags)
     check_common(report, "experts")
     assert [r["name"] for r in report["rows"]] == ["2 experts", "4 experts"]
-    two, four = report["rows"]
+    two, four = report["pools"]
     router = lambda experts: 2 * (32 + 1) * experts  # two layers' columns and biases
     assert two["active"] - router(2) == four["active"] - router(4)
     assert four["parameters"] > two["parameters"]

@@ -41,6 +41,8 @@ of train, decode, grpo, pr2, experts (`rows` are what was compared):
                experts: {step, layer, experts, update (last pool over first), grown {PART: share
                of what the step grew by}, paper}; its ratios are seconds(to) / seconds(first pool)
 
+of experts also: `pools[]` {experts, parameters, active}, in the order of `rows`.
+
 of divergence: `programs[]` {program, dtype, rows, diverged, tokens, rate} (sampler/divergence.py).
 
 of peaks: `rates[]` {library, shape, dims, dtype, flops_per_second} and `memory[]` {library,

@@ -33,18 +33,20 @@ def experts(options: Options) -> tuple[dict[str, Any], str]:
             for pool, own in zip(pools, seconds, strict=True)
         ]
         report = report_rows(work, answers, s.batch * s.length, ratios)
-        for row, entry in zip(report["rows"], work.entries, strict=True):
-            row |= {key: entry.ready[key] for key in ("parameters", "active")}
+        report["pools"] = [
+            {"experts": pool} | {key: entry.ready[key] for key in ("parameters", "active")}
+            for pool, entry in zip(pools, work.entries, strict=True)
+        ]
     report["check"] = check = _shares(report["rows"])
     report["check"]["paper"] = PAPER
     lines = []
-    for row, found in zip(report["rows"], ratios, strict=True):
+    for row, size, found in zip(report["rows"], report["pools"], ratios, strict=True):
         median = {name: row["parts"][name]["median"] for name in _PARTS}
         whole = row["seconds"]["median"]
         lines.append(
             [
                 row["name"],
-                f"{row['parameters'] / 1e6:.1f}M",
+                f"{size['parameters'] / 1e6:.1f}M",
                 table.number(whole),
                 f"{found['median']:.2f}x ({found['min']:.2f}-{found['max']:.2f})",
                 *(table.number(median[name]) for name in _PARTS),
@@ -57,7 +59,7 @@ def experts(options: Options) -> tuple[dict[str, Any], str]:
     moe = experts_model(options.smoke, pools[0], options.overrides).moe
     text = [
         f"training step, {s.batch} x {s.length} tokens, k = {moe.top_k}, "
-        f"{report['rows'][0]['active'] / 1e6:.1f}M active parameters in all (but the router's)",
+        f"{report['pools'][0]['active'] / 1e6:.1f}M active parameters in all (but the router's)",
         table.render(head, lines),
         f"{pools[-1]} experts over {pools[0]}: step {check['step']:.2f}x, MoE layers "
         f"{check['layer']:.2f}x, their experts {check['experts']:.2f}x, update "
