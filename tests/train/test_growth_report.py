@@ -207,7 +207,8 @@ def test_the_sweep_has_its_runs_and_waits_for_enough(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_study_of_growth_runs_and_its_runs_are_read(tmp_path):
+def test_a_study_of_growth_runs_and_its_runs_are_read(tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # its runs are on one device
     cfg = load("emo", "smoke")
     study = dataclasses.replace(cfg.study, cores_per_worker=0)
     cfg = dataclasses.replace(cfg, study=study)
