@@ -206,25 +206,13 @@ def test_the_sweep_has_its_runs_and_waits_for_enough(tmp_path):
     assert not (tmp_path / "law.json").exists()
 
 
-@pytest.mark.slow
-def test_a_study_of_growth_runs_and_its_runs_are_read(tmp_path, monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # its runs are on one device
+def test_a_run_as_a_point_of_the_law():
     cfg = load("emo", "smoke")
-    study = dataclasses.replace(cfg.study, cores_per_worker=0)
-    cfg = dataclasses.replace(cfg, study=study)
-    run_study(cfg, str(tmp_path))
-    text = (tmp_path / "study.md").read_text()
-    assert "3 of 3 runs are done; 0 failed" in text
-    assert "| EMO | 4 → 8 |" in text
-    # As points of a law: active parameters without embeddings, tokens, experts / k, loss.
-    jobs = [job for job in plan_jobs(cfg, tmp_path) if "fixed" in job.cell.name]
-    runs = law_report.gather(cfg, tmp_path, jobs)
-    attention, expert, norms = 4 * 32 * 32, 3 * 32 * 16, 2 * 32 + 2 * 16
-    for i, experts in enumerate((8, 4)):
-        router = (32 + 1) * experts
-        active = 2 * (attention + 5 * expert + norms + router) + 32
-        assert runs.n[i] == active
-        assert runs.d[i] == 6 * 2 * 64
-        assert runs.e[i] == experts / 4
-        end = json.loads((jobs[i].folder / "summary.json").read_text())["end"]
-        assert runs.loss[i] == end["loss"]["value"]
+    moe = dataclasses.replace(cfg.model.moe, num_experts=8)
+    model = dataclasses.replace(cfg.model, vocab_size=512, moe=moe)
+    config = {"pretrain": dataclasses.asdict(cfg.pretrain)}
+    summary = {"config": {"model": dataclasses.asdict(model)}, "end": {"loss": {"value": 5.0}}}
+    # Active parameters without embeddings: four of eight experts, and the shared one.
+    attention, expert, norms, router = 4 * 32 * 32, 3 * 32 * 16, 2 * 32 + 2 * 16, (32 + 1) * 8
+    active = 2 * (attention + 5 * expert + norms + router) + 32
+    assert law_report.run_row(config, summary) == [active, 6 * 2 * 64, 8, 4, 5.0]
