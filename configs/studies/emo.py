@@ -3,7 +3,7 @@
   python -m pr2jax.main --config=configs/studies/emo.py --workdir=DIR
 
 starts the study and goes on with it, `--config.study.workers=2` runs at a time. `:growth` runs
-its first group only, `:ablation` the second, `:smoke` two tiny cells. Read DIR/study.md and
+its first group only, `:ablation` the second, `:smoke` three tiny cells. Read DIR/study.md and
 DIR/report.html; DIR/study.json holds every figure. EMO is arXiv 2605.13247.
 
 Text is the standard library's; a small MoE (3 layers, d = 64, experts of 32, k = 4 and a shared

@@ -6,13 +6,14 @@ starts the sweep and goes on with it, `--config.study.workers=2` runs at a time;
 finished is not made again. 36 models: width 32, 48 and 64; 4, 8, 16 and 32 experts (k = 4 and a
 shared one); 100, 200 and 400 steps of 2,048 tokens of the standard library's text. The joint MoE
 law (arXiv 2502.05172) is fitted on all but the fifth with most compute, which it is judged by.
-DIR/study.md and DIR/report.html show the forecast against the truth, and give the flags that a
-run takes to plan its stages with it; DIR/law.json has the coefficients, DIR/runs.csv the runs.
+DIR/study.md and DIR/report.html show the forecast against the truth, and give the flags that plan
+a run's stages with it, or say why it cannot; DIR/law.json has the coefficients, DIR/runs.csv the
+runs.
 
   ... --config=configs/studies/moe_law.py:csv --config.study.runs_csv=FILE --workdir=DIR
 
 fits runs that are there already: a table with the columns active_params (without embeddings),
-tokens, experts, top_k, loss. `:smoke` is a sweep of two steps.
+tokens, experts, top_k, loss. `:smoke` sweeps 16 models of two and three steps.
 """
 
 from pr2jax.core.config import to_config_dict

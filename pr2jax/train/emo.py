@@ -285,20 +285,21 @@ def rows(workdir: Path, phases: list[Phase]) -> list[dict[str, Any]]:
     return found
 
 
+def seconds_per_token(rows: list[dict[str, Any]]) -> float:
+    """Median over a phase's steps; the first two, which may compile, are left out where there are
+    more."""
+    return float(np.median([1.0 / row["tokens_per_second"] for row in rows[2:] or rows]))
+
+
 def measured_saving(workdir: Path, phases: list[Phase]) -> float | None:
     """`predicted_saving` with the median step of each phase as it was (None: a phase of fewer than
-    three steps; the first two compile)."""
+    three steps)."""
     found = [
-        [
-            1.0 / row["tokens_per_second"]
-            for row in read_jsonl(workdir / folder(phase))
-            if "loss" in row
-        ]
-        for phase in phases
+        [row for row in read_jsonl(workdir / folder(phase)) if "loss" in row] for phase in phases
     ]
     if min(map(len, found)) < 3:
         return None
-    medians = [float(np.median(own[2:])) for own in found]
+    medians = list(map(seconds_per_token, found))
     spent = sum((p.stop - p.start) * t for p, t in zip(phases, medians, strict=True))
     return 1.0 - spent / (phases[-1].stop * medians[-1])
 

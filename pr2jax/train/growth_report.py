@@ -28,13 +28,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pr2jax.core.metrics import SUMMARY, read_jsonl, write_json
+from pr2jax.core.metrics import SUMMARY, read_jsonl
 from pr2jax.core.plots import curve
-from pr2jax.evaluation import report as page
 from pr2jax.evaluation.report import Section
 from pr2jax.train.config import Config
-from pr2jax.train.emo import RECOVERY_WINDOW
-from pr2jax.train.study_report import Figures, markdown, paired, show, summarise
+from pr2jax.train.emo import RECOVERY_WINDOW, seconds_per_token
+from pr2jax.train.study_report import (
+    Figures,
+    group_page,
+    paired,
+    show,
+    summarise,
+    write_pages,
+)
 
 if TYPE_CHECKING:
     from pr2jax.train.study import Job
@@ -58,25 +64,19 @@ def stages_of(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[int
     return [moe["num_experts"]] if moe else [0]
 
 
-def step_seconds(rows: Rows, tokens: int) -> float:
-    """Median step of a stage; the first two, which compile, are left out where there are more."""
-    own = rows[2:] or rows
-    return float(np.median([tokens / row["tokens_per_second"] for row in own]))
-
-
 def run_figures(stages: list[Rows], pools: list[int], summary: Mapping[str, Any]) -> Figures:
     """A run's figures (see the module)."""
     pretrain = summary["config"]["pretrain"]
     tokens = pretrain["batch"] * pretrain["row_length"]
     rows = [row for stage in stages for row in stage]
-    out = {f"{name}": figure["value"] for name, figure in summary["end"].items() if "/" not in name}
+    out = {name: figure["value"] for name, figure in summary["end"].items() if "/" not in name}
     tail = rows[-max(len(rows) // 5, 1) :]
     for name, key in (("gini", "load_gini"), ("dead", "load_dead")):
         if key in tail[-1]:
             out[name] = float(np.mean([row[key] for row in tail]))
     out["seconds"] = 0.0
     for pool, stage in zip(pools, stages, strict=True):
-        seconds = step_seconds(stage, tokens)
+        seconds = tokens * seconds_per_token(stage)
         out[f"step_seconds/{pool}"] = seconds
         out["seconds"] += seconds * len(stage)
     if summary.get("predicted_saving") is not None:
@@ -101,7 +101,7 @@ def run_curve(stages: list[Rows], summary: Mapping[str, Any]) -> Rows:
     tokens = pretrain["batch"] * pretrain["row_length"]
     out, elapsed, done = [], 0.0, 0
     for stage in stages:
-        each = step_seconds(stage, tokens)
+        each = tokens * seconds_per_token(stage)
         for row in stage:
             elapsed, done = elapsed + each, done + 1
             found = {"tokens": float(done * tokens), "seconds": elapsed}
@@ -174,7 +174,6 @@ def collect(cfg: Config, jobs: Sequence[Job]) -> dict[str, Any]:
         "done": sum(job.done for job in jobs),
         "total": len(jobs),
         "tokens_per_step": cfg.pretrain.batch * cfg.pretrain.row_length,
-        "steps": cfg.pretrain.steps,
     }
 
 
@@ -194,10 +193,9 @@ def _steps(cell: Mapping[str, Any], last: bool) -> Mapping[str, Any] | None:
 
 
 def tables(cells: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(caption, header, rows) of one group of cells; a cell without a run is left out."""
-    there = {name: cell for name, cell in cells.items() if cell["mean"]}
+    """(caption, header, rows) of one group of cells, each with a run; none without a row."""
     ends = []
-    for name, cell in there.items():
+    for name, cell in cells.items():
         mean, versus = cell["mean"], cell["versus"]
         ends.append(
             [
@@ -225,14 +223,14 @@ def tables(cells: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str],
             *(show(cell["relative"].get("saving"), True),),
             *(show(cell["mean"].get("predicted_saving"), True),),
         ]
-        for name, cell in there.items()
+        for name, cell in cells.items()
         if cell["relative"]
     ]
     head = ["", "against", "(L - L_full) / L_full", "L_half - L_full", "gap recovered"]
     head += ["saving, measured", "saving, predicted"]
     found.append(("What growing costs and saves, paired by seed", head, grown))
     events = []
-    for name, cell in there.items():
+    for name, cell in cells.items():
         count = max(
             (int(m[1]) for k in cell["mean"] if (m := re.match(r"growth_(\d+)/", k))), default=0
         )
@@ -292,38 +290,15 @@ def _group_section(group: str, cells: Mapping[str, Any], root: Path) -> tuple[Se
             "Of assignments over experts, mean of layers: 0 is balance.",
         ),
     }
-    (root / "figures").mkdir(exist_ok=True)
-    for name, (svg, _) in pictures.items():
-        path = root / "figures" / f"{re.sub(r'[^a-z0-9.]+', '_', title.lower())}_{name}.svg"
-        path.write_text(svg, encoding="utf-8")
-    shown = tables(cells)
-    blocks = [page.table(head, rows, caption) for caption, head, rows in shown]
-    text = "\n".join([f"## {title}\n", *(markdown(*table) for table in shown)])
-    return Section(title, [page.figures(list(pictures.values())), *blocks]), text
+    return group_page(title, pictures, tables(cells), root)
 
 
 def write(cfg: Config, root: Path, jobs: Sequence[Job], failed: Sequence[str]) -> None:
     """study.json, study.md, report.html and figures/*.svg of all runs that are done."""
     found = collect(cfg, jobs) | {"failed": list(failed)}
-    write_json(root / "study.json", found)
     notes = [
         f"{found['done']} of {found['total']} runs are done; {len(failed)} failed. "
         f"{cfg.pretrain.batch} rows of {cfg.pretrain.row_length} tokens a step "
         f"({found['tokens_per_step']:,} tokens); means over seeds, intervals 95% by Student's t.",
-        *(["Failed: " + "; ".join(failed)] if failed else []),
     ]
-    text, sections = ["# Study\n", *(f"{note}\n" for note in notes)], []
-    for group, cells in found["groups"].items():
-        there = {name: cell for name, cell in cells.items() if cell["mean"]}
-        if there:
-            section, part = _group_section(group, there, root)
-            sections.append(section)
-            text.append(part)
-    overrides = {
-        f"{group} {name}": " ".join(cell["overrides"])
-        for group, cells in found["groups"].items()
-        for name, cell in cells.items()
-    }
-    sections.insert(0, Section("The study", [*notes, page.settings(overrides, "Cells")]))
-    (root / "study.md").write_text("\n".join(text), encoding="utf-8")
-    page.write_report(root / "report.html", "Study", sections, subtitle=root.name)
+    write_pages(found, notes, [], _group_section, root)

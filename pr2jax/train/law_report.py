@@ -25,6 +25,7 @@ from pr2jax.evaluation import report as page
 from pr2jax.evaluation.report import Section
 from pr2jax.models.config import ModelConfig
 from pr2jax.scaling.fitting import COLUMNS, MIN_RUNS, Bootstrap, Fit, Runs, bootstrap, fit_joint_law
+from pr2jax.scaling.laws import JointMoELaw, stage_shares
 from pr2jax.train.config import Config
 from pr2jax.train.study_report import markdown
 
@@ -72,7 +73,7 @@ def halves(runs: Runs, share: float) -> tuple[Runs, Runs]:
     return runs.take(order[:-count]), runs.take(order[-count:])
 
 
-def rows_of(law, intervals: Bootstrap, runs: Runs) -> list[list[str]]:
+def rows_of(law: JointMoELaw, intervals: Bootstrap, runs: Runs) -> list[list[str]]:
     """A line for each run: its size, its loss, the law's and its interval, the error."""
     low, high = intervals.loss_interval(runs.n, runs.d, runs.e)
     found = law.loss(runs.n, runs.d, runs.e)
@@ -89,6 +90,16 @@ def rows_of(law, intervals: Bootstrap, runs: Runs) -> list[list[str]]:
 def _error(fit: Fit, runs: Runs) -> float:
     """Mean absolute relative error of the loss."""
     return float(np.mean(np.abs(fit.law.loss(runs.n, runs.d, runs.e) / runs.loss - 1.0)))
+
+
+def _planning(law: JointMoELaw, runs: Runs) -> str:
+    """The flags that plan a run's stages with `law`, or why it cannot."""
+    try:
+        stage_shares(law, float(np.median(runs.n)), np.unique(runs.e))
+    except ConfigError as error:
+        return f"It cannot plan the stages of a growing pool. {error}"
+    flags = (f"--config.emo.law.{k}={v:.6g}" for k, v in dataclasses.asdict(law).items())
+    return "To plan a run with it: " + " ".join(flags)
 
 
 def write(cfg: Config, root: Path, jobs: Sequence[Job], failed: Sequence[str]) -> None:
@@ -141,8 +152,7 @@ def write(cfg: Config, root: Path, jobs: Sequence[Job], failed: Sequence[str]) -
         f"failed. Mean error of the loss: fitted {errors['fitted']:.2%}, held out "
         f"{errors['held_out']:.2%}; {covered:.0%} of the held-out losses inside the law's 95% "
         "interval (which leaves out a run's own noise).",
-        "To plan a run with it: "
-        + " ".join(f"--config.emo.law.{k}={v:.6g}" for k, v in dataclasses.asdict(fit.law).items()),
+        _planning(fit.law, train),
     ]
     head = ["active parameters", "tokens", "experts / k", "loss", "law", "error"]
     tables = [

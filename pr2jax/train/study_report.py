@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -307,6 +307,17 @@ def _group_section(group: str, cells: Mapping[str, Any], root: Path) -> tuple[Se
         ),
         "reward": (_reward_figure(cells), "Mean over seeds, smoothed."),
     }
+    return group_page(title, pictures, shown, root)
+
+
+def group_page(
+    title: str,
+    pictures: Mapping[str, tuple[str, str]],
+    shown: Sequence[tuple[str, list[str], list[list[str]]]],
+    root: Path,
+) -> tuple[Section, str]:
+    """A group's part of the page and of study.md, of {name: (svg, caption)} and of tables
+    (caption, header, rows); the pictures are also written to figures/."""
     (root / "figures").mkdir(exist_ok=True)
     for name, (svg, _) in pictures.items():
         path = root / "figures" / f"{re.sub(r'[^a-z0-9.]+', '_', title.lower())}_{name}.svg"
@@ -324,18 +335,31 @@ def write(cfg: Config, root: Path, jobs: Sequence[Job], failed: Sequence[str]) -
         "steady_from": cfg.study.steady_from,
         "learning_rate": cfg.rl.optim.learning_rate,
     }
-    write_json(root / "study.json", found)
     notes = [
         f"{found['done']} of {found['total']} runs are done; {len(failed)} failed. Means over the "
         f"rollout batches after the first {cfg.study.steady_from} of {cfg.rl.steps}; intervals: "
         "95%, Student's t over seeds.",
-        *(["Failed: " + "; ".join(failed)] if failed else []),
     ]
+    settings = [page.settings(found["settings"], "Settings")]
+    write_pages(found, notes, settings, _group_section, root)
+
+
+def write_pages(
+    found: Mapping[str, Any],
+    notes: Sequence[str],
+    settings: Sequence[page.Html],
+    group_section: Callable[[str, Mapping[str, Any], Path], tuple[Section, str]],
+    root: Path,
+) -> None:
+    """study.json, study.md and report.html of `found` ({groups: {group: {cell: {mean, overrides,
+    ...}}}, failed}): notes, then a part for each group that has a run."""
+    write_json(root / "study.json", found)
+    notes = [*notes, *(["Failed: " + "; ".join(found["failed"])] if found["failed"] else [])]
     text, sections = ["# Study\n", *(f"{note}\n" for note in notes)], []
     for group, cells in found["groups"].items():
         there = {name: cell for name, cell in cells.items() if cell["mean"]}
         if there:
-            section, part = _group_section(group, there, root)
+            section, part = group_section(group, there, root)
             sections.append(section)
             text.append(part)
     overrides = {
@@ -343,7 +367,7 @@ def write(cfg: Config, root: Path, jobs: Sequence[Job], failed: Sequence[str]) -
         for group, cells in found["groups"].items()
         for name, cell in cells.items()
     }
-    settings = [page.settings(found["settings"], "Settings"), page.settings(overrides, "Cells")]
-    sections.insert(0, Section("The study", [*notes, *settings]))
+    blocks = [*notes, *settings, page.settings(overrides, "Cells")]
+    sections.insert(0, Section("The study", blocks))
     (root / "study.md").write_text("\n".join(text), encoding="utf-8")
     page.write_report(root / "report.html", "Study", sections, subtitle=root.name)

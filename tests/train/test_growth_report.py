@@ -7,22 +7,16 @@ import json
 import numpy as np
 import pytest
 
-from pr2jax.core.config import ConfigError, from_config_dict
+from pr2jax.core.config import ConfigError
 from pr2jax.scaling.laws import JointMoELaw
 from pr2jax.train import growth_report, law_report
-from pr2jax.train.config import CellConfig, Config, StudyConfig
+from pr2jax.train.config import CellConfig, StudyConfig
 from pr2jax.train.study import Job, plan_jobs, run_study
-from tests.train.test_study import ROOT
+from tests.train.test_study import load as load_study
 
 
 def load(name, arg=""):
-    import importlib.util
-
-    path = ROOT / f"configs/studies/{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_config_dict(Config, module.get_config(arg))
+    return load_study(arg, name)
 
 
 # --- Growth: a run of 40 steps that grows at step 20, written by hand

@@ -22,8 +22,8 @@ from pr2jax.train.config import CellConfig, Config, StudyConfig
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load(arg=""):
-    spec = importlib.util.spec_from_file_location("replay", ROOT / "configs/studies/replay.py")
+def load(arg="", name="replay"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"configs/studies/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return from_config_dict(Config, module.get_config(arg))
