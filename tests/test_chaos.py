@@ -87,7 +87,7 @@ def test_descendants_are_found_and_orphans_counted(parent):
 
 def test_verifier_workers_end_with_a_killed_trainer(parent):
     process = parent(
-        "from pr2jax.tasks.sandbox import VerifierPool\n"
+        "from pr2jax.tasks.pool import VerifierPool\n"
         "from pr2jax.tasks.base import Problem\n"
         "import time\n"
         "pool = VerifierPool(workers=2, timeout_s=60, verifier='tests.test_chaos:slow')\n"

@@ -15,7 +15,7 @@ from pr2jax.tasks.base import Problem, Verdict
 
 
 class Scorer(Protocol):
-    """Something with `tasks.sandbox.VerifierPool`'s way to score."""
+    """Something with `tasks.pool.VerifierPool`'s way to score."""
 
     def score_batch(self, items: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """Verdicts in the order of `items`."""

@@ -12,6 +12,16 @@ from pr2jax.data.chat import render, render_prompt
 
 CHAT = "chat"  # the prompt_template that stands for the tokenizer's own
 
+# Guru's six (arXiv 2506.14965), and what its files call them before the "__" of a data source.
+DOMAINS = ("math", "code", "science", "logic", "simulation", "tabular")
+_PREFIXES = {"codegen": "code", "stem": "science", "table": "tabular"}
+_BARE_SOURCES = {
+    "zebra_puzzle_dataset": "logic",
+    "ordering_puzzle_dataset": "logic",
+    "graph_logical_dataset": "logic",
+    "stem_web": "science",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -44,6 +54,15 @@ class Verdict:
 
     score: float
     reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeRequest:
+    """What a verifier returns where a model must judge `answer` against `reference`."""
+
+    question: str
+    reference: str
+    answer: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +171,24 @@ def checked(verdict: Verdict) -> Verdict:
     if math.isnan(score) or not 0.0 <= score <= 1.0:
         return Verdict(0.0, f"verifier gave {score}, outside [0, 1]")
     return Verdict(float(score), verdict.reason)
+
+
+def domain_of(problem: Problem) -> str:
+    """One of DOMAINS: `meta["domain"]` where it is set, else what the data source says.
+
+    ARC grids count as logic, as in arXiv 2506.14965, though Guru's files put them under
+    "simulation__". A source of no domain is "other".
+    """
+    if "domain" in problem.meta:
+        return problem.meta["domain"]
+    source = problem.data_source
+    if source in _BARE_SOURCES:
+        return _BARE_SOURCES[source]
+    prefix, _, name = source.partition("__")
+    if name.startswith(("arcagi", "barc")):
+        return "logic"
+    domain = _PREFIXES.get(prefix, prefix)
+    return domain if domain in DOMAINS else "other"
 
 
 def finish_problem(

@@ -1,6 +1,6 @@
 """A verifier worker process: reads problems, writes verdicts (`python -m pr2jax.tasks.worker`).
 
-Started and limited by `sandbox.VerifierPool`. Messages on stdin and stdout are a 4-byte length
+Started and limited by `pool.VerifierPool`. Messages on stdin and stdout are a 4-byte length
 and a body: pickled requests come in (from the trainer, which is trusted), JSON goes out (the
 trainer trusts no bytes from here).
 """

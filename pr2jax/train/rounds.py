@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from pr2jax.models.predictor import RouterFeatures
 from pr2jax.rl.advantages import zero_variance
 from pr2jax.sampler.types import FINISH_STOP, Rollout
-from pr2jax.tasks.sandbox import VerifierPool
+from pr2jax.tasks.pool import VerifierPool
 
 
 @dataclasses.dataclass

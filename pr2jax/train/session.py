@@ -44,7 +44,7 @@ from pr2jax.models.transformer import param_specs
 from pr2jax.models.upcycling import upcycle, upcycled_config
 from pr2jax.sampler.engine import Sampler
 from pr2jax.tasks.base import Problem
-from pr2jax.tasks.sandbox import VerifierPool
+from pr2jax.tasks.pool import VerifierPool
 from pr2jax.train.config import Config, with_vocab_size
 from pr2jax.train.loop import CHECKPOINTS
 

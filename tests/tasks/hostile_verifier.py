@@ -1,4 +1,4 @@
-"""A verifier that does what the response says, for test_sandbox.py."""
+"""A verifier that does what the response says, for test_pool.py."""
 
 import contextlib
 import ctypes

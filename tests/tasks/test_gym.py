@@ -188,7 +188,7 @@ def test_unknown_domain_is_named():
 
 def test_building_and_scoring_import_no_jax():
     code = (
-        "import sys, pr2jax.tasks.sandbox, pr2jax.tasks.worker; from pr2jax.tasks import registry;"
+        "import sys, pr2jax.tasks.pool, pr2jax.tasks.worker; from pr2jax.tasks import registry;"
         "t = registry.build_task(registry.TaskConfig(size=2, held_out=0));"
         "t.score(t.train[0], '1'); sys.exit('jax' in sys.modules)"
     )

@@ -9,7 +9,7 @@ import pytest
 
 from pr2jax.tasks.base import Problem, TaskConfig
 from pr2jax.tasks.registry import build_task
-from pr2jax.tasks.sandbox import VerifierPool
+from pr2jax.tasks.pool import VerifierPool
 
 HERE = pathlib.Path(__file__).parent
 PROBLEM = Problem("p", "?", "ok", "test")
@@ -85,7 +85,7 @@ def test_an_interrupted_batch_leaves_no_late_answers(pool, monkeypatch):
 
 def test_workers_end_when_the_parent_is_killed():
     code = (
-        "import os, sys; from pr2jax.tasks.sandbox import VerifierPool;"
+        "import os, sys; from pr2jax.tasks.pool import VerifierPool;"
         "p = VerifierPool(1); print(p._workers[0].process.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
