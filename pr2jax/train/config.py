@@ -18,6 +18,7 @@ from pr2jax.replay.modes import ReplayConfig, check_model, plan
 from pr2jax.rl.types import PREDICTOR_GROUP, RLConfig
 from pr2jax.sampler.types import SamplerConfig, SamplingParams
 from pr2jax.tasks.base import TaskConfig
+from pr2jax.train.study_config import CellConfig as CellConfig  # configs name it from here
 from pr2jax.train.study_config import GenerateConfig, StudyConfig
 
 Mode = Literal["sft", "rl", "sft_then_rl", "generate", "pretrain", "pretrain_sft_rl", "study"]
