@@ -103,3 +103,103 @@ def test_ratio_interval():
     assert (same.low, same.high) == pytest.approx((plain.low, plain.high))
     with pytest.raises(ValueError, match="denominators"):
         passk.ratio_interval(n, 0 * d)
+
+
+def combinations(n, k):
+    return list(itertools.combinations(range(n), k))
+
+
+def enumerate_extreme(scores, k, take):
+    draws = combinations(len(scores), k)
+    return sum(take(scores[i] for i in d) for d in draws) / len(draws)
+
+
+def enumerate_majority(answers, scores, k):
+    """The definition, draw by draw: ties shared evenly, no answer has no vote."""
+    groups = {a: [s for b, s in zip(answers, scores, strict=True) if a == b] for a in answers}
+    score = {a: sum(s) / len(s) for a, s in groups.items()}
+    total = 0.0
+    draws = combinations(len(answers), k)
+    for draw in draws:
+        votes = {}
+        for i in draw:
+            if answers[i] is not None:
+                votes[answers[i]] = votes.get(answers[i], 0) + 1
+        if votes:
+            best = [a for a, v in votes.items() if v == max(votes.values())]
+            total += sum(score[a] for a in best) / len(best)
+        else:
+            total += score[None]
+    return total / len(draws)
+
+
+def test_best_and_worst_equal_enumeration():
+    rng = np.random.default_rng(0)
+    for n in range(1, 9):
+        scores = np.stack(
+            [rng.random(n), rng.integers(0, 2, n), rng.choice([0.0, 0.25, 1.0], n), np.ones(n)]
+        )
+        for k in range(1, n + 1):
+            want = [[enumerate_extreme(row, k, take) for row in scores] for take in (max, min)]
+            np.testing.assert_allclose(passk.best_at_k(scores, k), want[0], atol=1e-12)
+            np.testing.assert_allclose(passk.worst_at_k(scores, k), want[1], atol=1e-12)
+            right = scores[1].sum().astype(int)
+            assert passk.best_at_k(scores, k)[1] == pytest.approx(passk.pass_at_k(n, right, k))
+        np.testing.assert_allclose(passk.best_at_k(scores, 1), passk.avg_at_n(scores))
+        np.testing.assert_allclose(passk.worst_at_k(scores, 1), passk.avg_at_n(scores))
+
+
+def test_majority_equals_enumeration():
+    rng = np.random.default_rng(1)
+    for n in range(1, 9):
+        rows = [["a"] * n, [None] * n, list(range(n))]
+        rows += [[rng.choice([None, "a", "b", "c", "d"]) for _ in range(n)] for _ in range(12)]
+        rows += [[rng.choice(["a", "b"]) for _ in range(n)] for _ in range(6)]
+        scores = rng.choice([0.0, 0.3, 1.0], (len(rows), n))  # also unequal within an answer
+        for k in range(1, n + 1):
+            want = [enumerate_majority(a, s, k) for a, s in zip(rows, scores, strict=True)]
+            np.testing.assert_allclose(passk.majority_at_k(rows, scores, k), want, atol=1e-12)
+
+
+def test_majority_of_many_samples():
+    # 300 right of 500, the others all wrong in one way: k = 1 is their share, and the share of
+    # draws of 101 that hold at least 51 right ones is the hypergeometric distribution's tail.
+    from scipy.stats import hypergeom
+
+    answers, scores = [["r"] * 300 + ["w"] * 200], np.array([[1.0] * 300 + [0.0] * 200])
+    assert passk.majority_at_k(answers, scores, 1) == pytest.approx([0.6])
+    want = hypergeom(500, 300, 101).sf(50)
+    assert passk.majority_at_k(answers, scores, 101) == pytest.approx([want], abs=1e-10)
+    assert passk.majority_at_k(answers, scores, 500) == pytest.approx([1.0])
+
+
+def test_majority_asks_for_an_answer_a_score():
+    with pytest.raises(ValueError, match="as many answers"):
+        passk.majority_at_k([["a"]], np.zeros((1, 2)), 1)
+    with pytest.raises(ValueError, match="maj@3 needs"):
+        passk.majority_at_k([["a", "b"]], np.zeros((1, 2)), 3)
+    for name in ("best", "worst"):
+        with pytest.raises(ValueError, match=f"{name}@0 needs"):
+            getattr(passk, f"{name}_at_k")(np.zeros((1, 2)), 0)
+
+
+def test_macro_interval_weighs_groups_the_same():
+    rng = np.random.default_rng(2)
+    small, large = rng.random(50), rng.random(2000) + 1.0
+    found = passk.macro_interval([small, large])
+    assert found.mean == pytest.approx((small.mean() + large.mean()) / 2)
+    # Independent means: the variances of the halves add.
+    error = np.sqrt(small.var() / 50 + large.var() / 2000) / 2
+    assert found.high - found.low == pytest.approx(2 * 1.959964 * error, rel=0.1)
+    one = passk.macro_interval([small])
+    assert (one.low, one.high) == pytest.approx(
+        (passk.bootstrap_interval(small).low, passk.bootstrap_interval(small).high)
+    )
+    with pytest.raises(ValueError, match="no group"):
+        passk.macro_interval([])
+
+
+def test_zero_inside_or_outside():
+    assert passk.Interval(0.1, 0.05, 0.2).excludes_zero
+    assert passk.Interval(-0.1, -0.2, -0.05).excludes_zero
+    assert not passk.Interval(0.1, 0.0, 0.2).excludes_zero
