@@ -117,31 +117,36 @@ def _groups(answers: Sequence[Hashable], scores: np.ndarray) -> tuple[tuple, tup
 @functools.lru_cache(maxsize=4096)
 def _majority(groups: tuple[tuple[int, float], ...], silent: tuple[int, float], k: int) -> float:
     """maj@k of one problem: over every number of votes m that the winners may have."""
-    total = sum(count for count, _ in groups) + silent[0]
-    nobody = _chances(k, silent[0], total, np.array([k]))[0]  # none of the k has an answer
+    drawn, left = np.arange(k + 1), sum(count for count, _ in groups) + silent[0]
+    # Draws fall on an answer, or on all that come after it, by the hypergeometric distribution.
+    # Those without an answer come first: any number of them, and where all k are, nobody votes.
+    first = _chances(drawn, silent[0], left, k)
+    left -= silent[0]
+    steps = []
+    for count, score in groups:
+        votes = np.arange(min(count, k) + 1)[:, None]
+        steps.append((score, _chances(votes, count, left, k - drawn)))
+        left -= count
     most = min(k, max((count for count, _ in groups), default=0))
-    return float(nobody * silent[1]) + sum(
-        _won_with(m, groups, silent[0], total, k) for m in range(1, most + 1)
+    return float(first[k] * silent[1]) + sum(
+        _won_with(m, first, steps, k) for m in range(1, most + 1)
     )
 
 
-def _won_with(m: int, groups: tuple[tuple[int, float], ...], silent: int, total: int, k: int):
+def _won_with(m: int, first: np.ndarray, steps: list[tuple[float, np.ndarray]], k: int) -> float:
     """What winners of m votes contribute to the expected score.
 
     Answers are gone through one by one. `chance[u, t]`: of u draws so far, t answers having m
-    votes and none more; `summed[u, t]`: that chance times the mean sum of those t scores. Draws
-    fall on an answer or on all after it by the hypergeometric distribution, so nothing overflows.
+    votes and none more; `summed[u, t]`: that chance times the mean sum of those t scores.
     """
     chance = np.zeros((k + 1, k // m + 1))
     summed = np.zeros_like(chance)
-    # Samples without an answer go first: any number of them.
-    chance[:, 0] = _chances(np.arange(k + 1), silent, total, np.full(k + 1, k))
-    left = total - silent
-    for count, score in groups:
+    chance[:, 0] = first
+    for score, shares in steps:
         new_chance, new_summed = np.zeros_like(chance), np.zeros_like(chance)
-        for votes in range(min(count, m) + 1):
+        for votes in range(min(len(shares) - 1, m) + 1):
             rest = k + 1 - votes  # states that have so many draws left
-            share = _chances(votes, count, left, k - np.arange(rest))[:, None]
+            share = shares[votes, :rest, None]
             a, b = chance[:rest] * share, summed[:rest] * share
             if votes == m:
                 new_chance[votes:, 1:] += a[:, :-1]
@@ -149,13 +154,12 @@ def _won_with(m: int, groups: tuple[tuple[int, float], ...], silent: int, total:
             else:
                 new_chance[votes:] += a
                 new_summed[votes:] += b
-        chance, summed, left = new_chance, new_summed, left - count
+        chance, summed = new_chance, new_summed
     return float((summed[k, 1:] / np.arange(1, k // m + 1)).sum())
 
 
-def _chances(votes, count: int, total: int, draws: Int[np.ndarray, " N"]) -> np.ndarray:
+def _chances(votes: np.ndarray, count: int, total: int, draws: np.ndarray | int) -> np.ndarray:
     """Chance of `votes` among `count` in `draws` of `total`, without replacement."""
-    votes = np.asarray(votes)
     rest = draws - votes
     ok = (votes <= count) & (rest >= 0) & (rest <= total - count) & (draws <= total)
     log = _log_choose(count, votes) + _log_choose(total - count, rest) - _log_choose(total, draws)
@@ -163,7 +167,7 @@ def _chances(votes, count: int, total: int, draws: Int[np.ndarray, " N"]) -> np.
 
 
 def _log_choose(n: int, k: np.ndarray | int) -> np.ndarray:
-    """ln C(n, k), where 0 <= k <= n; else what it likes."""
+    """ln C(n, k), where 0 <= k <= n; else of the nearest such k."""
     k = np.clip(k, 0, n)
     table = _log_factorials(n)
     return table[n] - table[k] - table[n - k]
