@@ -1,11 +1,11 @@
 """Sampling and scoring problems with a policy: what held-out evaluation and rewards both need."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from pr2jax.data.tokenizer import Tokenizer, encode_prompt
 from pr2jax.evaluation import passk
@@ -47,8 +47,7 @@ class Sample:
 class EvalResult:
     """Figures of one evaluation.
 
-    metrics: "avg@n" (mean score), "pass@k", "length" (sampled tokens), "truncated" (share of
-        responses cut at the length limit), each with an interval over problems.
+    metrics: what `figures` gives, each with an interval over problems.
     per_problem: the same figures by problem, in the order given, for paired comparisons.
     samples: what was answered.
     """
@@ -125,12 +124,9 @@ def summarise(
 ) -> EvalResult:
     """Figures of a scored rollout (see `EvalResult`)."""
     scores = rollout.rewards.astype(np.float64).reshape(len(problems), n)
-    right = (scores >= passk.PASS_SCORE).sum(axis=1)
     lengths = (rollout.lengths - rollout.prompt_lengths).reshape(len(problems), n)
     cut = (rollout.finish == FINISH_LENGTH).reshape(len(problems), n)
-    per_problem = {f"avg@{n}": passk.avg_at_n(scores)}
-    per_problem |= {f"pass@{k}": passk.pass_at_k(n, right, k) for k in ks}
-    per_problem |= {"length": lengths.mean(axis=1), "truncated": cut.mean(axis=1)}
+    per_problem = figures(scores, lengths, cut, ks)
     samples = [
         Sample(
             problem=problem,
@@ -142,3 +138,25 @@ def summarise(
     ]
     metrics = {name: passk.bootstrap_interval(v) for name, v in per_problem.items()}
     return EvalResult(metrics, per_problem, samples)
+
+
+def figures(
+    scores: Float[np.ndarray, "P n"],
+    lengths: Int[np.ndarray, "P n"],
+    cut: Bool[np.ndarray, "P n"],
+    ks: Sequence[int],
+    answers: Sequence[Sequence[Hashable]] | None = None,
+) -> dict[str, Float[np.ndarray, " P"]]:
+    """Figures by problem: "avg@n" (mean score), "pass@k"; for k > 1 "best@k" and "worst@k", and
+    with `answers` (see `passk.majority_at_k`) "maj@k"; "length" (sampled tokens), "truncated"
+    (share of responses cut at the length limit)."""
+    n = scores.shape[1]
+    right = (scores >= passk.PASS_SCORE).sum(axis=1)
+    out = {f"avg@{n}": passk.avg_at_n(scores)}
+    out |= {f"pass@{k}": passk.pass_at_k(n, right, k) for k in ks}
+    several = [k for k in ks if k > 1]  # best@1 = worst@1 = avg@n
+    out |= {f"best@{k}": passk.best_at_k(scores, k) for k in several}
+    out |= {f"worst@{k}": passk.worst_at_k(scores, k) for k in several}
+    if answers is not None:
+        out |= {f"maj@{k}": passk.majority_at_k(answers, scores, k) for k in several}
+    return out | {"length": lengths.mean(axis=1), "truncated": cut.mean(axis=1)}

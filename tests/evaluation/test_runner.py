@@ -77,6 +77,8 @@ def test_figures_by_hand():
     assert result.per_problem["pass@1"].tolist() == [1.0, 0.25, 0.0]
     assert result.per_problem["pass@2"].tolist() == [1.0, 0.5, 0.0]  # 3 of the 6 pairs
     assert result.per_problem["pass@4"].tolist() == [1.0, 1.0, 0.0]
+    assert result.per_problem["best@2"].tolist() == pytest.approx([1.0, 3.5 / 6, 1.25 / 6])
+    assert result.per_problem["worst@2"].tolist() == pytest.approx([1.0, 0.25 / 6, 0.25 / 6])
     assert result.per_problem["truncated"].tolist() == [0.0, 0.0, 0.25]
     assert result.per_problem["length"].tolist() == [2.0, 7 / 4, 13 / 4]
     assert result.metrics["pass@1"].mean == pytest.approx(1.25 / 3)
