@@ -35,6 +35,7 @@ setup(
         "orbax-checkpoint",
         "pyarrow",
         "reasoning-gym",
+        "rensa>=0.5",
         "safetensors",
         "scipy",
         "sentencepiece",

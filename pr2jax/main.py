@@ -44,13 +44,15 @@ EXIT_RESUME = 75  # sysexits' EX_TEMPFAIL: saved, run the same command again
 
 def run(config, workdir: str, profile_steps: int = 0) -> None:
     """Runs a `train.config.Config` (dataclass) in `workdir`."""
-    from pr2jax.train import generate, pipeline, study  # they import JAX and its friends
+    # They import JAX and its friends.
+    from pr2jax.train import curate, generate, pipeline, study
 
     modes = {
         "sft": pipeline.run_sft,
         "rl": pipeline.run_rl,
         "sft_then_rl": pipeline.run_sft_then_rl,
         "generate": generate.run_generate,
+        "curate": curate.run_curate,
         "study": study.run_study,
         "pretrain": pipeline.run_pretrain,
         "pretrain_sft_rl": pipeline.run_pretrain_sft_rl,

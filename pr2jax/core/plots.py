@@ -115,6 +115,46 @@ def scatter(
         return _svg(figure)
 
 
+def histogram(
+    groups: Mapping[str, np.ndarray],
+    edges: np.ndarray,
+    *,
+    title: str = "",
+    xlabel: str = "",
+    ylabel: str = "rows",
+    log_x: bool = False,
+    size: tuple[float, float] = (4.6, 2.8),
+) -> str:
+    """{label: values} counted between the edges, as outlines, as inline SVG; NaN is left out."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        known = {name: values[~np.isnan(values)] for name, values in groups.items()}
+        known = {name: values for name, values in known.items() if len(values)}
+        for i, (label, values) in enumerate(known.items()):
+            counts, _ = np.histogram(values, edges)
+            axes.stairs(counts, edges, label=label or None, color=f"C{i}")
+        if log_x and known:
+            axes.set_xscale("log")
+        if not known:
+            _say_empty(axes)
+        elif len(known) > 1:
+            axes.legend(fontsize=8, frameon=False)
+        return _svg(figure)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A curve y(x); with a band from `low` to `high`, and with `points` (x, y) of its colour."""
+
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    points: tuple[np.ndarray, np.ndarray] | None = None
+
+
 def layer_values(rows: Rows, prefix: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
     """(x [steps], values [layers, steps], NaN where missing) of the metrics PREFIX + number."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)")

@@ -18,10 +18,20 @@ from pr2jax.replay.modes import ReplayConfig, check_model, plan
 from pr2jax.rl.types import PREDICTOR_GROUP, RLConfig
 from pr2jax.sampler.types import SamplerConfig, SamplingParams
 from pr2jax.tasks.base import TaskConfig
+from pr2jax.tasks.filters import CurateConfig
 from pr2jax.train.study_config import CellConfig as CellConfig  # configs name it from here
 from pr2jax.train.study_config import GenerateConfig, StudyConfig
 
-Mode = Literal["sft", "rl", "sft_then_rl", "generate", "pretrain", "pretrain_sft_rl", "study"]
+Mode = Literal[
+    "sft",
+    "rl",
+    "sft_then_rl",
+    "generate",
+    "pretrain",
+    "pretrain_sft_rl",
+    "study",
+    "curate",
+]
 
 
 @dataclass(frozen=True)
@@ -195,7 +205,8 @@ class Config:
       compares with SFT continued for the same wall time, and writes a report; `generate` samples;
       `pretrain` learns the next token of documents, in stages of a growing pool of experts where
       emo.experts names them; `pretrain_sft_rl` does that in WORKDIR/pretrain, then `sft_then_rl`
-      with the model that came out of it.
+      with the model that came out of it; `curate` chooses rows to train on, without what is
+      repeated, leaked or of the wrong difficulty.
     model.vocab_size: 0 takes the tokenizer's.
     compute_dtype: auto, bfloat16 or float32 (core/device.py).
     init_from: what to start from: another run's folder (its best checkpoint, else its latest), an
@@ -225,6 +236,7 @@ class Config:
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    curate: CurateConfig = field(default_factory=CurateConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
 
     def validate(self) -> None:
@@ -238,6 +250,8 @@ class Config:
         used = [("eval.sampling", self.eval.sampling)]
         if self.mode in ("rl", "sft_then_rl"):
             used.append(("rl.sampling", self.rl.sampling))
+        if self.mode == "curate" and self.curate.difficulty != "models":
+            used = []
         if self.mode == "generate":
             used = [("generate.sampling", self.generate.sampling)]
         for key, sampling in used:

@@ -67,7 +67,7 @@ def test_full_form_is_valid(name):
 
 
 # These have tests of their own.
-OTHERWISE = ("quickstart", "generate", "pretrain_text", "smollm2_pr2")
+OTHERWISE = ("quickstart", "generate", "pretrain_text", "smollm2_pr2", "curate")
 GROWING = ("emo_text", "emo_9b", "emo_pr2")
 # Real models: their smoke forms are small ones of the same kind, for the slow suite.
 REAL = tuple(c for c in CONFIGS if re.search(r"_a3b_|_7b_", c))
