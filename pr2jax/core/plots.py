@@ -144,17 +144,6 @@ def histogram(
         return _svg(figure)
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A curve y(x); with a band from `low` to `high`, and with `points` (x, y) of its colour."""
-
-    x: np.ndarray
-    y: np.ndarray
-    low: np.ndarray | None = None
-    high: np.ndarray | None = None
-    points: tuple[np.ndarray, np.ndarray] | None = None
-
-
 def layer_values(rows: Rows, prefix: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
     """(x [steps], values [layers, steps], NaN where missing) of the metrics PREFIX + number."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)")
