@@ -8,6 +8,7 @@ a verifier's imports are paid once a worker.
 import atexit
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import pickle
@@ -16,9 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from pr2jax.tasks.base import Problem, Verdict, checked
+from pr2jax.tasks.base import JudgeRequest, Problem, Verdict, checked
+from pr2jax.tasks.sandbox import SandboxConfig
 from pr2jax.tasks.worker import HEADER
+
+if TYPE_CHECKING:
+    from pr2jax.tasks.judge import Judge
 
 _START_S = 120.0
 _MAX_REPLY = 2**20
@@ -27,7 +33,7 @@ _MAX_REPLY = 2**20
 class _Worker:
     """One process, the item it works on, and the deadline of that."""
 
-    def __init__(self, verifier: str, memory_mb: int):
+    def __init__(self, verifier: str, memory_mb: int, sandbox: str):
         # One thread each: many workers share a machine, and thread stacks count as memory.
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -35,7 +41,7 @@ class _Worker:
         self.process = subprocess.Popen(
             [
                 sys.executable,
-                *("-m", "pr2jax.tasks.worker", verifier, str(memory_mb), str(os.getpid())),
+                *("-m", "pr2jax.tasks.worker", verifier, str(memory_mb), str(os.getpid()), sandbox),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -96,8 +102,10 @@ class VerifierPool:
     timeout_s: wall-clock limit of one item; the worker is killed and replaced.
     memory_mb: address-space limit of a worker (virtual memory: the libraries alone take about
         500 MiB).
-    stats: counts of "scored", "timeouts", "crashes", "memory", "errors" and "restarts"; all but
-        the first and last gave score 0.
+    sandbox: limits of the programs that verifiers run, and how these are isolated.
+    judge: grades what a verifier cannot decide; without one such an item raises.
+    stats: counts of "scored", "judged", "timeouts", "crashes", "memory", "errors" and "restarts";
+        "timeouts" to "errors" gave score 0.
     """
 
     def __init__(
@@ -106,13 +114,17 @@ class VerifierPool:
         timeout_s: float = 10.0,
         memory_mb: int = 2048,
         verifier: str = "pr2jax.tasks.registry:score",
+        sandbox: SandboxConfig | None = None,
+        judge: "Judge | None" = None,
     ):
         if workers < 1 or timeout_s <= 0 or memory_mb < 256:
             raise ValueError(
                 f"VerifierPool: {workers} workers, {timeout_s} s, {memory_mb} MiB: at least 1, "
                 "more than 0, and 256 are needed"
             )
-        self.timeout_s, self._start = timeout_s, (verifier, memory_mb)
+        settings = json.dumps(dataclasses.asdict(sandbox or SandboxConfig()))
+        self.timeout_s, self._start = timeout_s, (verifier, memory_mb, settings)
+        self.judge = judge
         self.stats: collections.Counter[str] = collections.Counter()
         self._workers = [_Worker(*self._start) for _ in range(workers)]
         self._closed = False
@@ -121,12 +133,13 @@ class VerifierPool:
     def score_batch(self, items: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """Verdicts in the order of `items`, whatever an item does.
 
-        Raises RuntimeError where workers cannot start (that is no response's fault), ValueError
-        once closed.
+        Raises RuntimeError where workers cannot start or programs cannot be isolated (that is no
+        response's fault), JudgeError where a judge is needed and there is none or it does not
+        answer, ValueError once closed.
         """
         if self._closed:
             raise ValueError("VerifierPool is closed")
-        verdicts: list[Verdict | None] = [None] * len(items)
+        verdicts: list[Verdict | JudgeRequest | None] = [None] * len(items)
         waiting = collections.deque(range(len(items)))
         try:
             self._serve(items, waiting, verdicts)
@@ -136,8 +149,27 @@ class VerifierPool:
                 if worker.item is not None:
                     self._replace(i)
             raise
+        self._ask_judge(items, verdicts)
         self.stats["scored"] += len(items)
         return verdicts  # type: ignore[return-value]
+
+    def _ask_judge(self, items, verdicts) -> None:
+        """Puts the judge's verdicts in the place of the requests for them."""
+        open_ones = [i for i, v in enumerate(verdicts) if isinstance(v, JudgeRequest)]
+        if not open_ones:
+            return
+        if self.judge is None:
+            from pr2jax.tasks.judge import JudgeError
+
+            raise JudgeError(
+                f"problem {items[open_ones[0]][0].id} ({items[open_ones[0]][0].data_source}) needs "
+                "a model judge, and verifier.judge.kind is 'none'"
+            )
+        for i, verdict in zip(
+            open_ones, self.judge.judge([verdicts[i] for i in open_ones]), strict=True
+        ):
+            verdicts[i] = checked(verdict)
+        self.stats["judged"] += len(open_ones)
 
     def _serve(self, items, waiting, verdicts) -> None:
         with selectors.DefaultSelector() as selector:
@@ -174,7 +206,7 @@ class VerifierPool:
         messages = worker.receive()
         for message in messages or ():
             if "broken" in message:
-                raise RuntimeError(f"verifier workers do not start: {message['broken']}")
+                raise RuntimeError(f"verifier workers do not work: {message['broken']}")
             if message.get("ready"):
                 worker.ready = True
             elif message.get("item") != worker.item:
@@ -199,7 +231,10 @@ class VerifierPool:
         """Takes the verdict in `message` for the item of worker `i`."""
         worker = self._workers[i]
         score, reason = message.get("score"), str(message.get("reason", ""))
-        verdicts[worker.item] = checked(Verdict(score, reason))
+        if isinstance(message.get("judge"), dict):
+            verdicts[worker.item] = JudgeRequest(**message["judge"])
+        else:
+            verdicts[worker.item] = checked(Verdict(score, reason))
         worker.item = None
         selector.unregister(worker.process.stdout)
         failure = message.get("failure")

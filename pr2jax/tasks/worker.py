@@ -6,7 +6,10 @@ trainer trusts no bytes from here).
 """
 
 import contextlib
+import dataclasses
+import functools
 import importlib
+import inspect
 import json
 import os
 import pickle
@@ -17,6 +20,11 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
+
+from pr2jax.core.config import from_config_dict
+from pr2jax.tasks.base import JudgeRequest
+from pr2jax.tasks.sandbox import SandboxConfig, SandboxError
+from pr2jax.tasks.tools import Tools
 
 HEADER = struct.Struct("<I")
 
@@ -42,10 +50,14 @@ def _score(verify: Callable, problem: Any, response: str) -> dict[str, Any]:
         verdict = verify(problem, response)
     except MemoryError:
         return {"score": 0.0, "reason": "memory limit", "failure": "memory"}
+    except SandboxError as error:  # of the machine, not of the response
+        return {"broken": str(error)}
     # math-verify's own time-out is no Exception; nor is a verifier's sys.exit().
     except BaseException as error:
         reason = f"verifier raised {type(error).__name__}: {error}"[:500]
         return {"score": 0.0, "reason": reason, "failure": "error"}
+    if isinstance(verdict, JudgeRequest):
+        return {"judge": dataclasses.asdict(verdict)}
     return {"score": verdict.score, "reason": verdict.reason, "failure": ""}
 
 
@@ -59,7 +71,8 @@ def _end_with_parent(parent: int) -> None:
 def main() -> None:
     """Serves requests until stdin closes.
 
-    argv: the verifier as "module:function", the address-space limit in MiB, the parent's id.
+    argv: the verifier as "module:function", the address-space limit in MiB, the parent's id, and
+    the sandbox's settings as JSON. A verifier that takes `tools` is given them.
     """
     requests = sys.stdin.buffer
     # What verifiers print must not get between the messages.
@@ -72,6 +85,9 @@ def main() -> None:
     module, _, function = sys.argv[1].partition(":")
     try:
         verify = getattr(importlib.import_module(module), function)
+        if "tools" in inspect.signature(verify).parameters:
+            sandbox = from_config_dict(SandboxConfig, json.loads(sys.argv[4]))
+            verify = functools.partial(verify, tools=Tools(sandbox))
     except BaseException as error:
         _reply(replies, {"broken": f"{type(error).__name__}: {error}"})
         raise

@@ -119,6 +119,6 @@ def test_bad_limits_are_refused():
 
 
 def test_workers_that_cannot_start_are_an_error_not_a_zero():
-    broken = pytest.raises(RuntimeError, match="do not start: ModuleNotFoundError.*nowhere")
+    broken = pytest.raises(RuntimeError, match="do not work: ModuleNotFoundError.*nowhere")
     with VerifierPool(1, verifier="nowhere:score") as pool, broken:
         pool.score_batch([(PROBLEM, "ok")])
