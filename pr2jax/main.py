@@ -45,7 +45,7 @@ EXIT_RESUME = 75  # sysexits' EX_TEMPFAIL: saved, run the same command again
 def run(config, workdir: str, profile_steps: int = 0) -> None:
     """Runs a `train.config.Config` (dataclass) in `workdir`."""
     # They import JAX and its friends.
-    from pr2jax.train import curate, generate, pipeline, study
+    from pr2jax.train import curate, generate, pipeline, regimes, study
 
     modes = {
         "sft": pipeline.run_sft,
@@ -54,6 +54,7 @@ def run(config, workdir: str, profile_steps: int = 0) -> None:
         "generate": generate.run_generate,
         "curate": curate.run_curate,
         "study": study.run_study,
+        "difficulty": regimes.run_difficulty,
         "pretrain": pipeline.run_pretrain,
         "pretrain_sft_rl": pipeline.run_pretrain_sft_rl,
     }

@@ -1,5 +1,6 @@
 """Figures out of rows of metrics, as SVG text that stands inside an HTML page by itself."""
 
+import dataclasses
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -140,6 +141,51 @@ def histogram(
         if not known:
             _say_empty(axes)
         elif len(known) > 1:
+            axes.legend(fontsize=8, frameon=False)
+        return _svg(figure)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A curve y(x); with a band from `low` to `high`, and with `points` (x, y) of its colour."""
+
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    points: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def lines(
+    named: Mapping[str, Line],
+    *,
+    title: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+    log_x: int = 0,
+    log_y: int = 0,
+    size: tuple[float, float] = (5.6, 3.6),
+) -> str:
+    """{label: line} as inline SVG. log_x, log_y: the base of a logarithmic axis (0: linear)."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        if log_x:
+            axes.set_xscale("log", base=log_x)
+        if log_y:
+            axes.set_yscale("log", base=log_y)
+            axes.yaxis.set_major_formatter("{x:g}")
+        for i, (label, line) in enumerate(named.items()):
+            axes.plot(line.x, line.y, color=f"C{i}", label=label)
+            if line.points is not None:
+                style = {"linestyle": "", "marker": "o", "markersize": 2.5, "alpha": 0.6}
+                axes.plot(*line.points, color=f"C{i}", **style)
+            if line.low is not None and line.high is not None:
+                axes.fill_between(line.x, line.low, line.high, color=f"C{i}", alpha=0.15, lw=0)
+        if not named:
+            _say_empty(axes)
+        elif len(named) > 1:
             axes.legend(fontsize=8, frameon=False)
         return _svg(figure)
 

@@ -20,7 +20,7 @@ from pr2jax.sampler.types import SamplerConfig, SamplingParams
 from pr2jax.tasks.base import TaskConfig
 from pr2jax.tasks.filters import CurateConfig
 from pr2jax.train.study_config import CellConfig as CellConfig  # configs name it from here
-from pr2jax.train.study_config import GenerateConfig, StudyConfig
+from pr2jax.train.study_config import GenerateConfig, RegimeConfig, StudyConfig
 
 Mode = Literal[
     "sft",
@@ -30,6 +30,7 @@ Mode = Literal[
     "pretrain",
     "pretrain_sft_rl",
     "study",
+    "difficulty",
     "curate",
 ]
 
@@ -205,8 +206,9 @@ class Config:
       compares with SFT continued for the same wall time, and writes a report; `generate` samples;
       `pretrain` learns the next token of documents, in stages of a growing pool of experts where
       emo.experts names them; `pretrain_sft_rl` does that in WORKDIR/pretrain, then `sft_then_rl`
-      with the model that came out of it; `curate` chooses rows to train on, without what is
-      repeated, leaked or of the wrong difficulty.
+      with the model that came out of it; `difficulty` measures how hard rl_task's problems are;
+      `curate` chooses rows to train on, without what is repeated, leaked or of the wrong
+      difficulty.
     model.vocab_size: 0 takes the tokenizer's.
     compute_dtype: auto, bfloat16 or float32 (core/device.py).
     init_from: what to start from: another run's folder (its best checkpoint, else its latest), an
@@ -215,6 +217,9 @@ class Config:
       where a run's folder says it or none is configured.
     upcycle: makes a dense `init_from` sparse (upcycle.experts=0: it stays as it is).
     rl_task: what RL is about; its held-out problems are what every mode evaluates.
+    rl_problems: a JSONL file with the `id`s of the only problems of rl_task to learn from and to
+      evaluate, such as mode `difficulty` writes (empty: all).
+    regime: what mode `difficulty` measures of rl_task's problems, and which it chooses.
     """
 
     mode: Mode = "rl"
@@ -230,6 +235,8 @@ class Config:
     sft: SFTConfig = field(default_factory=SFTConfig)
     rl: RLConfig = field(default_factory=RLConfig)
     rl_task: TaskConfig = field(default_factory=TaskConfig)
+    rl_problems: str = ""
+    regime: RegimeConfig = field(default_factory=RegimeConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -274,7 +281,7 @@ class Config:
             raise ConfigError("sft.bias_update_rate: the model's router has no selection bias")
         if self.mode == "pretrain" and self.pretrain.bias_update_rate and not biased:
             raise ConfigError("pretrain.bias_update_rate: the model's router has no selection bias")
-        replays = self.mode == "study" and self.study.kind == "replay"
+        replays = self.mode == "study" and self.study.kind in ("replay", "budget")
         pretrains = self.mode == "pretrain" or (self.mode == "study" and not replays)
         if self.tokenizer.untrained and not pretrains and not self.init_from:
             raise ConfigError("tokenizer.path: only mode 'pretrain' trains a tokenizer")

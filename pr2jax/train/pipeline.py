@@ -30,6 +30,7 @@ from pr2jax.train.config import Config
 from pr2jax.train.evaluator import Evaluator
 from pr2jax.train.loop import Outcome, run
 from pr2jax.train.pretrain import PretrainData, PretrainTrainer, read_data, with_trained_tokenizer
+from pr2jax.train.regimes import only
 from pr2jax.train.rl import RLTrainer
 from pr2jax.train.session import Session, open_session
 from pr2jax.train.sft import SFTTrainer
@@ -224,7 +225,7 @@ def run_sft(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
 def run_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
     """GRPO with routing replay on rl_task, from init_from or random parameters."""
     with open_session(cfg, workdir) as session:
-        task = build_task(cfg.rl_task)
+        task = only(build_task(cfg.rl_task), cfg.rl_problems)
         _log_sizes(cfg.rl_task.name, task)
         evaluator = _evaluator(session, task.held_out)
         trainer = RLTrainer(session, task.train, evaluator)
@@ -246,7 +247,7 @@ def run_sft_then_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
     paired by problem.
     """
     with open_session(cfg, workdir) as session:
-        hard = build_task(cfg.rl_task)
+        hard = only(build_task(cfg.rl_task), cfg.rl_problems)
         easy = build_task(cfg.sft.task, exclude=[*hard.train, *hard.held_out])
         _log_sizes(f"SFT on {cfg.sft.task.name}", easy)
         _log_sizes(f"RL on {cfg.rl_task.name}", hard)

@@ -2,11 +2,13 @@
 
 Every cell is the study's own configuration with a few overrides, run once a seed, as mode `rl` or
 `pretrain` by the study's kind (`python -m pr2jax.main --config=.../saved.py:CONFIG.json`). With
-`study.warmup` all cells of a seed start from the same SFT run of that seed. Runs that have finished
+`study.warmup` all cells of a seed start from the same SFT run of that seed. Kind `budget` has one
+base model for all, and one run more, which chooses the problems by how hard they are for it; cells
+learn from those alone. Runs that have finished
 are never made again, so the same command goes on after any interruption; a failed run is reported,
 hides no other, and is tried again by the next start. The workdir:
 
-  warmup/seed_S/, cells/GROUP/NAME/seed_S/      a run each: config.in.json, log.txt, what it writes
+  warmup/seed_S/, problems/, cells/GROUP/NAME/seed_S/    a run each: config.in.json, log.txt, ...
   study.json, study.md, report.html, figures/   all runs so far (the kind's report)
 """
 
@@ -33,15 +35,21 @@ import jax
 
 from pr2jax.core.config import ConfigError, from_config_dict
 from pr2jax.core.metrics import SUMMARY, Progress, write_json
-from pr2jax.train import growth_report, law_report, study_report
+from pr2jax.train import budget_report, growth_report, law_report, study_report
 from pr2jax.train.config import CellConfig, Config
 from pr2jax.train.loop import Interrupted, StopRequest
+from pr2jax.train.regimes import PROBLEMS
 
 log = logging.getLogger("pr2jax")
 
 _INPUT, _LOG = "config.in.json", "log.txt"
-_MODES = {"replay": "rl", "growth": "pretrain", "law": "pretrain"}
-_REPORTS = {"replay": study_report.write, "growth": growth_report.write, "law": law_report.write}
+_MODES = {"replay": "rl", "growth": "pretrain", "law": "pretrain", "budget": "rl"}
+_REPORTS = {
+    "replay": study_report.write,
+    "growth": growth_report.write,
+    "law": law_report.write,
+    "budget": budget_report.write,
+}
 
 
 class StudyError(RuntimeError):
@@ -50,17 +58,20 @@ class StudyError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run: a cell (None: a warm-up) with a seed, its folder and its whole configuration."""
+    """One run: a cell (None: one that cells wait for) with a seed, its folder and its whole
+    configuration. Runs of a lower `stage` come first: 0 warm-ups, 1 problems, 2 cells."""
 
     cell: CellConfig | None
     seed: int
     folder: Path
     config: dict[str, Any]
+    stage: int = 2
 
     @property
     def name(self) -> str:
         """For people."""
-        what = f"{self.cell.group} {self.cell.name}" if self.cell else "warm-up"
+        what = ("warm-up", "choosing problems", "")[self.stage]
+        what = f"{self.cell.group} {self.cell.name}" if self.cell else what
         return f"{what}, seed {self.seed}"
 
     @property
@@ -98,7 +109,8 @@ def with_overrides(config: dict[str, Any], overrides: tuple[str, ...]) -> dict[s
 
 
 def plan_jobs(cfg: Config, workdir: Path) -> list[Job]:
-    """All runs in their order: warm-ups; then by priority, seed by seed, cells as they are listed.
+    """All runs in their order: warm-ups; for kind `budget` the choice of problems; then by
+    priority, seed by seed, cells as they are listed.
 
     Raises ConfigError, naming the cell, for settings that no run could use.
     """
@@ -106,11 +118,17 @@ def plan_jobs(cfg: Config, workdir: Path) -> list[Job]:
     base["study"] = dataclasses.asdict(type(cfg.study)())
     study, jobs = cfg.study, []
     seeds = range(cfg.seed, cfg.seed + max((cell.seeds for cell in study.cells), default=0))
-    warm = lambda seed: workdir / "warmup" / f"seed_{seed}"
+    budget = study.kind == "budget"
+    warm = lambda seed: workdir / "warmup" / f"seed_{cfg.seed if budget else seed}"
     if study.warmup:
-        for seed in seeds:
+        for seed in seeds[:1] if budget else seeds:
             config = _checked(base | {"mode": "sft", "seed": seed}, "study.warmup")
-            jobs.append(Job(None, seed, warm(seed), config))
+            jobs.append(Job(None, seed, warm(seed), config, stage=0))
+    if budget and study.cells:
+        start = {"init_from": str(warm(cfg.seed))} if study.warmup else {}
+        config = _checked(base | {"mode": "difficulty"} | start, "regime")
+        jobs.append(Job(None, cfg.seed, workdir / "problems", config, stage=1))
+        base |= {"rl_problems": str(workdir / "problems" / PROBLEMS)}
     for priority in sorted({cell.priority for cell in study.cells}):
         for seed in seeds:
             for i, cell in enumerate(study.cells):
@@ -197,16 +215,14 @@ class _Workers:
         self.cores = [cores[i * each : (i + 1) * each] for i in range(cfg.study.workers)]
 
     def run(self) -> list[str]:
-        """Runs all that is not done; returns what failed. Cells wait for every warm-up."""
+        """Runs all that is not done; returns what failed. A stage waits for all of the last."""
         failed: list[str] = []
-        warm = [job for job in self.jobs if job.cell is None]
-        cells = [job for job in self.jobs if job.cell is not None]
         progress = Progress("study", len(self.jobs), start=sum(job.done for job in self.jobs))
-        for batch in (warm, cells):
-            todo = [job for job in batch if not job.done]
+        for stage in range(3):
+            todo = [job for job in self.jobs if job.stage == stage and not job.done]
             failed += self._all(todo, progress)
-            if failed and batch is warm:
-                break  # cells of a seed without its warm-up cannot start
+            if failed and stage < 2:
+                break  # cells cannot start without what they start from
         progress.close()
         return failed
 

@@ -1,4 +1,4 @@
-"""Configuration of what runs or uses other runs: studies, and sampling from a checkpoint."""
+"""Configuration of what runs or uses other runs: studies, plans, sampling from a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,6 +29,31 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class RegimeConfig:
+    """How hard problems are for a checkpoint (train/regimes.py): by their avg@samples, the mean
+    score of so many answers each. Those with low <= avg@samples <= high are the regime's."""
+
+    samples: int = 16
+    low: float = 0.0
+    high: float = 1.0
+
+    def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
+        if self.samples < 1:
+            raise ConfigError(f"samples: must be at least 1, got {self.samples}")
+        if not 0.0 <= self.low <= self.high <= 1.0:
+            raise ConfigError(f"low: 0 <= low={self.low} <= high={self.high} <= 1 must hold")
+
+
+# Of the IsoCompute study; extremely hard is pass@128 = 0.
+REGIMES = {
+    "easy": RegimeConfig(16, 0.3, 0.6),
+    "hard": RegimeConfig(16, 0.0, 0.0625),
+    "extremely_hard": RegimeConfig(128, 0.0, 0.0),
+}
+
+
+@dataclass(frozen=True)
 class CellConfig:
     """One setting of a study, run once for each of the study's first `seeds` seeds.
 
@@ -53,22 +78,23 @@ class StudyConfig:
 
     Attributes:
       kind: what the runs are of and what is reported: `replay` (mode rl; train/study_report.py),
-        `growth` (mode pretrain; train/growth_report.py) or `law` (mode pretrain;
-        train/law_report.py).
+        `growth` (mode pretrain; train/growth_report.py), `law` (mode pretrain;
+        train/law_report.py) or `budget` (mode rl; train/budget_report.py).
       cells: what differs between the runs.
-      warmup: start all cells of a seed from one SFT run of that seed, else from `init_from`.
+      warmup: start all cells of a seed from one SFT run of that seed, else from `init_from`. Kind
+        `budget` has one base model: the SFT run of the first seed, for all.
       workers: runs at a time.
       cores_per_worker: cores that a run is pinned to (0: not pinned).
       steady_from: rollout batches at the start that figures leave out.
       report_every: finished cells between two reports.
-      runs_csv: kind `law`: a table of runs that are there already, in place of cells (columns:
-        scaling/fitting.py).
+      runs_csv: kinds `law`, `budget`: a table of runs that are there already, in place of cells
+        (columns: scaling/fitting.py, scaling/sampling_fit.py).
       held_out: kind `law`: share of the runs, those with most compute, that the law is judged by.
-      resamples: kind `law`: refits that its intervals come from.
+      resamples: kinds `law`, `budget`: refits that the law's intervals come from.
     """
 
     cells: tuple[CellConfig, ...] = ()
-    kind: Literal["replay", "growth", "law"] = "replay"
+    kind: Literal["replay", "growth", "law", "budget"] = "replay"
     warmup: bool = True
     workers: int = 1
     cores_per_worker: int = 1
@@ -85,10 +111,14 @@ class StudyConfig:
                 raise ConfigError(f"{key}: must be >= {least}, got {getattr(self, key)}")
         if self.steady_from < 0:
             raise ConfigError(f"steady_from: must be >= 0, got {self.steady_from}")
-        if self.kind != "replay" and (self.warmup or self.steady_from):
-            raise ConfigError("warmup, steady_from: only kind 'replay' has them")
-        if self.runs_csv and (self.kind != "law" or self.cells):
-            raise ConfigError("runs_csv: only kind 'law' reads it, and in place of cells")
+        if self.kind != "replay" and self.steady_from:
+            raise ConfigError("steady_from: only kind 'replay' has it")
+        if self.kind in ("growth", "law") and self.warmup:
+            raise ConfigError("warmup: only kinds 'replay' and 'budget' have one")
+        if self.runs_csv and (self.kind not in ("law", "budget") or self.cells):
+            raise ConfigError(
+                "runs_csv: only kinds 'law' and 'budget' read it, and in place of cells"
+            )
         if not 0.0 < self.held_out < 1.0:
             raise ConfigError(f"held_out: must lie between 0 and 1, got {self.held_out}")
         if self.resamples < 2:

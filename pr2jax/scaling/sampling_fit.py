@@ -1,0 +1,463 @@
+"""n*(C) out of a sweep: record points, a curve for each n, their upper envelope, its sigmoid.
+
+As the IsoCompute study does it: validation scores are bucketed over compute, each run's
+record-breaking points are kept, a monotone sigmoid R(C) is fitted for each n, the upper envelope
+of the curves says n*(C), and a sigmoid in log10 C is fitted to log2 n*. Between the values of n
+that were run, the envelope's maximum is taken from the parabola through the best n and its two
+neighbours in log2 n. Intervals come from refits on resampled runs. float64; deterministic.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy.optimize import least_squares
+
+from pr2jax.core.config import ConfigError
+from pr2jax.scaling.sampling_law import RewardCurve, SamplingLaw, logistic
+
+COLUMNS = ("n", "prompts", "seed", "compute", "score")
+BUCKETS_PER_DECADE = 8
+MIN_NS, MIN_POINTS = 3, 4
+GRID = 64
+# n* has no meaning where no n has learned anything yet: the range starts where the envelope has
+# risen by this share of its whole rise.
+RISEN = 0.1
+_SLOPES = (0.5, 50.0)  # of log2 n*; the upper end is a step
+_EFFICIENCIES = (0.1, 20.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRun:
+    """One trajectory: n rollouts a problem, B_p = `prompts` problems a batch, a seed.
+
+    `compute`: rollouts so far, rising; 0 is the base model. `score`: validation avg@4 there.
+    Raises ConfigError for what is none.
+    """
+
+    n: int
+    prompts: int
+    seed: int
+    compute: Float[np.ndarray, " T"]
+    score: Float[np.ndarray, " T"]
+
+    def __post_init__(self) -> None:
+        for key in ("compute", "score"):
+            object.__setattr__(self, key, np.asarray(getattr(self, key), np.float64))
+        who = f"run n={self.n}, B_p={self.prompts}, seed {self.seed}"
+        if self.n < 2 or self.prompts < 1:
+            raise ConfigError(f"{who}: n must be >= 2 and B_p >= 1")
+        if self.compute.ndim != 1 or self.compute.shape != self.score.shape:
+            raise ConfigError(f"{who}: {self.score.shape} scores at {self.compute.shape} computes")
+        if not np.all(np.isfinite(self.compute)) or np.any(np.diff(self.compute) <= 0):
+            raise ConfigError(f"{who}: compute must be finite and rise")
+        if len(self.compute) and self.compute[0] < 0:
+            raise ConfigError(f"{who}: compute cannot be below 0")
+        if not np.all((self.score >= 0) & (self.score <= 1)):
+            raise ConfigError(f"{who}: scores must lie in [0, 1]")
+
+    def bucketed(
+        self, per_decade: int = BUCKETS_PER_DECADE
+    ) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
+        """(log10 C, score): means over buckets of log10 C; C = 0, at -inf, is one of its own."""
+        there = self.compute > 0
+        log = np.log10(self.compute[there])
+        place = np.floor(log * per_decade).astype(int)
+        x = [-np.inf] if not there.all() else []
+        y = [self.score[0]] if not there.all() else []
+        for bucket in np.unique(place):
+            inside = place == bucket
+            x.append(log[inside].mean())
+            y.append(self.score[there][inside].mean())
+        return np.array(x, np.float64), np.array(y, np.float64)
+
+    def records(
+        self, per_decade: int = BUCKETS_PER_DECADE
+    ) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
+        """The buckets that are above all before them; the first always is."""
+        x, y = self.bucketed(per_decade)
+        best = np.concatenate([[-np.inf], np.maximum.accumulate(y)[:-1]]) if len(y) else y
+        return x[y > best], y[y > best]
+
+
+def read_runs(path: str | Path) -> list[SweepRun]:
+    """Runs of a table with the columns n, prompts, seed, compute, score (others are ignored), a
+    row an evaluation. Raises ConfigError naming file, line and column."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(_rows(path, csv.reader(file)))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path}: cannot be read as a table ({error})") from None
+    found: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
+    for n, prompts, seed, compute, score in rows:
+        found.setdefault((int(n), int(prompts), int(seed)), []).append((compute, score))
+    runs = []
+    for key, points in found.items():
+        compute, score = np.array(sorted(points)).T
+        try:
+            runs.append(SweepRun(*key, compute, score))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+    return runs
+
+
+def _rows(path: str | Path, reader: Iterable[list[str]]) -> Iterable[list[float]]:
+    header = [name.strip() for name in next(reader, [])]
+    for name in COLUMNS:
+        if header.count(name) != 1:
+            raise ConfigError(f"{path}: line 1, column {name}: not once in {header}")
+    places = [header.index(name) for name in COLUMNS]
+    for cells in reader:
+        where = f"{path}: line {reader.line_num}"
+        if len(cells) != len(header):
+            raise ConfigError(f"{where}: {len(cells)} cells for {len(header)} names")
+        row = []
+        for name, place in zip(COLUMNS, places, strict=True):
+            try:
+                row.append(float(cells[place]))
+            except ValueError:
+                raise ConfigError(
+                    f"{where}, column {name}: {cells[place]!r} is no number"
+                ) from None
+            whole = name in ("n", "prompts", "seed")
+            if not math.isfinite(row[-1]) or (whole and row[-1] != int(row[-1])):
+                raise ConfigError(f"{where}, column {name}: {cells[place]!r} cannot be used")
+        yield row
+
+
+# ------------------------------------------------------------------ curves
+
+
+def fit_curve(
+    x: Float[np.ndarray, " K"],
+    y: Float[np.ndarray, " K"],
+    *,
+    start: float | None = None,
+    near: RewardCurve | None = None,
+) -> RewardCurve:
+    """The least-squares monotone sigmoid of scores y at x = log10 C (-inf: the base model).
+
+    start: R0, where it is known; else fitted. near: where to search from (else a grid).
+    Raises ConfigError for fewer points than a curve has coefficients.
+    """
+    free = 4 if start is None else 3
+    inside = x[np.isfinite(x)]
+    if len(x) < free or not len(inside):
+        raise ConfigError(f"{len(x)} points do not determine a curve of {free} coefficients")
+    low, high = inside.min(), inside.max()
+    bounds = [
+        (0.0, 1.0),  # start
+        (0.0, 1.0),  # rise
+        (low - 2.0, high + 2.0),  # log10 mid
+        tuple(np.log(_EFFICIENCIES)),
+    ]
+    begins = [
+        (y.min(), np.ptp(y) + 0.02, low + share * (high - low), np.log(b))
+        for share in (0.25, 0.5, 0.75, 1.0)
+        for b in (0.5, 1.5)
+    ]
+    if near is not None:
+        begins = [
+            (
+                near.start,
+                near.asymptote - near.start,
+                np.log10(near.mid),
+                np.log(near.efficiency),
+            )
+        ]
+    fixed = 0 if start is None else 1
+
+    def values(v):
+        r0, rise, mid, log_b = (start, *v) if fixed else v
+        return r0 + rise * logistic(np.exp(log_b) * np.log(10.0) * (x - mid))
+
+    best = None
+    for begin in begins:
+        ends = np.array(bounds[fixed:], np.float64).T
+        at = np.clip(begin[fixed:], ends[0] + 1e-6, ends[1] - 1e-6)
+        found = least_squares(lambda v: values(v) - y, at, bounds=ends, x_scale=(0.1,) * len(at))
+        if best is None or found.cost < best.cost - 1e-12:
+            best = found
+    r0, rise, mid, log_b = (start, *best.x) if fixed else best.x
+    return RewardCurve(float(r0), float(r0 + rise), float(10.0**mid), float(np.exp(log_b)))
+
+
+def _pooled(runs: Sequence[SweepRun], records: bool) -> tuple[np.ndarray, np.ndarray]:
+    parts = [run.records() if records else run.bucketed() for run in runs]
+    return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
+
+
+def scale_rl(runs: Sequence[SweepRun], near: RewardCurve | None = None) -> RewardCurve:
+    """ScaleRL's curve of runs of one setting: fitted to all buckets, records or not, with R0 what
+    the base model was measured at (fitted where no run has a row of C = 0)."""
+    x, y = _pooled(runs, records=False)
+    base = ~np.isfinite(x)
+    start = float(y[base].mean()) if base.any() else None
+    return fit_curve(x[~base], y[~base], start=start, near=near)
+
+
+# ---------------------------------------------------------------- envelope
+
+
+@dataclasses.dataclass(frozen=True)
+class Envelope:
+    """n*(C) on a grid: `log10_compute` [G], `log2_n` [G], `reward` [G] (the best curve's).
+
+    `edge`: shares of the grid where the least, and where the largest n that was run is best: n*
+    may lie beyond them.
+    """
+
+    log10_compute: Float[np.ndarray, " G"]
+    log2_n: Float[np.ndarray, " G"]
+    reward: Float[np.ndarray, " G"]
+    edge: tuple[float, float]
+
+
+def envelope(curves: dict[int, RewardCurve], grid: Float[np.ndarray, " G"]) -> Envelope:
+    """The upper envelope of {n: curve} over `grid` (log10 C)."""
+    ns = sorted(curves)
+    place = np.log2(np.array(ns, np.float64))
+    table = np.stack([curves[n].reward(10.0**grid) for n in ns])
+    best = table.argmax(axis=0)
+    log2_n = place[best]
+    for g, j in enumerate(best):
+        if 0 < j < len(ns) - 1:
+            log2_n[g] = _vertex(place[j - 1 : j + 2], table[j - 1 : j + 2, g])
+    edge = float(np.mean(best == 0)), float(np.mean(best == len(ns) - 1))
+    return Envelope(grid, log2_n, table.max(axis=0), edge)
+
+
+def _vertex(x: Float[np.ndarray, " 3"], y: Float[np.ndarray, " 3"]) -> float:
+    """Where the parabola through three points, the middle one highest, is highest; within half
+    way to the neighbours."""
+    left, right = x[1] - x[0], x[2] - x[1]
+    down, up = (y[1] - y[0]) / left, (y[2] - y[1]) / right
+    if down <= up:  # no curvature: equal heights
+        return float(x[1])
+    at = 0.5 * (x[0] + x[1]) + 0.5 * (x[2] - x[0]) * down / (down - up)
+    return float(np.clip(at, x[1] - left / 2, x[1] + right / 2))
+
+
+def _span(runs: Sequence[SweepRun]) -> tuple[float, float]:
+    """log10 C over which every n was measured."""
+    by_n: dict[int, list[SweepRun]] = {}
+    for run in runs:
+        by_n.setdefault(run.n, []).append(run)
+    first = max(min(r.compute[r.compute > 0].min() for r in group) for group in by_n.values())
+    last = min(max(r.compute.max() for r in group) for group in by_n.values())
+    return float(np.log10(first)), float(np.log10(last))
+
+
+def fit_law(found: Envelope) -> SamplingLaw:
+    """The sigmoid of an envelope; amplitude 0 where it does not rise."""
+    x, y = found.log10_compute, found.log2_n
+    flat = SamplingLaw(0.0, 1.0, float(x.mean()), float(y.mean()))
+    if np.ptp(y) < 1e-9:
+        return flat
+    low = np.array([0.0, np.log(_SLOPES[0]), x[0] - 1.0, y.min() - 2.0])
+    high = np.array([np.ptp(y) + 4.0, np.log(_SLOPES[1]), x[-1] + 1.0, y.max() + 2.0])
+
+    def residuals(v):
+        return v[3] + v[0] * logistic(np.exp(v[1]) * (x - v[2])) - y
+
+    best, least = flat, 0.5 * float(np.sum((y - y.mean()) ** 2))
+    for share in (0.1, 0.35, 0.6, 0.85):
+        for slope in (2.0, 8.0):
+            begin = np.array([np.ptp(y), np.log(slope), x[0] + share * np.ptp(x), y.min()])
+            done = least_squares(
+                residuals, np.clip(begin, low + 1e-6, high - 1e-6), bounds=(low, high)
+            )
+            if done.cost < least * (1 - 1e-9):
+                least = done.cost
+                amplitude, log_slope, centre, base = map(float, done.x)
+                best = SamplingLaw(amplitude, float(np.exp(log_slope)), centre, base)
+    return best
+
+
+# --------------------------------------------------------------------- fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What a sweep says at one B_p (or over all).
+
+    Attributes:
+      law: n*(C) over `log10_range`.
+      curves: R(C) for each n, by record points.
+      envelope: what `law` was fitted to.
+      growth: log2 n* at the end of the range less at its start, by the law.
+    """
+
+    law: SamplingLaw
+    curves: dict[int, RewardCurve]
+    envelope: Envelope
+
+    @property
+    def log10_range(self) -> tuple[float, float]:
+        """Where the law was fitted."""
+        grid = self.envelope.log10_compute
+        return float(grid[0]), float(grid[-1])
+
+    @property
+    def growth(self) -> float:
+        """log2 of n*(end) / n*(start)."""
+        start, end = self.law.log2_n(10.0 ** np.array(self.log10_range))
+        return float(end - start)
+
+
+def check_runs(runs: Sequence[SweepRun]) -> None:
+    """Raises ConfigError where no law can be fitted: fewer than 3 values of n, an n with too few
+    evaluations, or scores that do not rise."""
+    ns = sorted({run.n for run in runs})
+    if len(ns) < MIN_NS:
+        raise ConfigError(f"runs: {len(ns)} values of n ({ns}); n*(C) needs at least {MIN_NS}")
+    for n in ns:
+        points = len(_pooled([r for r in runs if r.n == n], records=False)[0])
+        if points < MIN_POINTS:
+            raise ConfigError(f"runs: n={n} has {points} evaluations in all; {MIN_POINTS} needed")
+    if not np.isfinite(_span(runs)).all() or np.ptp(_span(runs)) <= 0:
+        raise ConfigError("runs: there is no range of compute over which every n was evaluated")
+    gains = []
+    for run in runs:
+        _, y = run.bucketed()
+        gains.append(y[-max(len(y) // 3, 1) :].mean() - y[0])
+    error = np.std(gains, ddof=1) / np.sqrt(len(gains))
+    if not np.mean(gains) > 2.0 * error:
+        raise ConfigError(
+            f"runs: the validation score does not rise (by {np.mean(gains):+.3f} in the mean over "
+            f"{len(gains)} runs, standard error {error:.3f}): nothing to fit"
+        )
+
+
+def fit_sweep(runs: Sequence[SweepRun], near: Fit | None = None) -> Fit:
+    """The law of a sweep (module docstring). near: a fit of nearly the same runs to start from.
+
+    Raises ConfigError as `check_runs`.
+    """
+    if near is None:
+        check_runs(runs)
+    curves = {}
+    for n in sorted({run.n for run in runs}):
+        x, y = _pooled([run for run in runs if run.n == n], records=True)
+        if len(x) < MIN_POINTS:
+            raise ConfigError(f"runs: n={n} has {len(x)} record points; {MIN_POINTS} needed")
+        curves[n] = fit_curve(x, y, near=near and near.curves[n])
+    if near is not None:
+        grid = near.envelope.log10_compute
+    else:
+        grid = np.linspace(*_span(runs), 4 * GRID)
+        top = envelope(curves, grid).reward
+        start = min(curve.start for curve in curves.values())
+        risen = top - start >= RISEN * (top[-1] - start)
+        grid = np.linspace(grid[int(risen.argmax())], grid[-1], GRID)
+    found = envelope(curves, grid)
+    return Fit(fit_law(found), curves, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Intervals:
+    """Percentile intervals at `level` out of `samples` refits, `failed` of which led nowhere.
+
+    Attributes:
+      laws: of the refits.
+      log2_n: (low, high) [2, G] of the laws on the fit's grid.
+      growth: of log2 n*(end) / n*(start).
+      coefficients: of the law, by name.
+      curves: {n: {coefficient: (low, high)}} of ScaleRL's curve.
+    """
+
+    laws: tuple[SamplingLaw, ...]
+    samples: int
+    failed: int
+    level: float
+    log2_n: Float[np.ndarray, "2 G"]
+    growth: tuple[float, float]
+    coefficients: dict[str, tuple[float, float]]
+    curves: dict[int, dict[str, tuple[float, float]]]
+
+
+def bootstrap(
+    runs: Sequence[SweepRun],
+    fit: Fit,
+    *,
+    samples: int = 200,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Intervals:
+    """Refits on resampled runs: of the S runs of an (n, B_p), S - 1 are drawn with replacement.
+
+    Drawing one fewer makes the spread of a mean over few runs unbiased (Rao & Wu 1988; drawing
+    S would make it too small by (S - 1) / S: a half, with two seeds). Whole runs are drawn, so a
+    run's own course and the noise of its evaluations are both in it; that all runs are validated
+    on the same problems is not.
+    Raises ConfigError for a setting with one run, or where half of the refits fail.
+    """
+    groups: dict[tuple[int, int], list[SweepRun]] = {}
+    for run in runs:
+        groups.setdefault((run.n, run.prompts), []).append(run)
+    for (n, prompts), group in groups.items():
+        if len(group) < 2:
+            raise ConfigError(f"runs: one seed at n={n}, B_p={prompts}; intervals need two")
+    rng = np.random.default_rng(seed)
+    rl = {n: scale_rl([r for r in runs if r.n == n]) for n in fit.curves}
+    laws, curves, failed = [], [], 0
+    for _ in range(samples):
+        drawn = [
+            group[i]
+            for group in groups.values()
+            for i in rng.integers(0, len(group), len(group) - 1)
+        ]
+        try:
+            again = fit_sweep(drawn, near=fit)
+        except ConfigError:
+            failed += 1
+            continue
+        laws.append(again.law)
+        curves.append({n: scale_rl([r for r in drawn if r.n == n], rl[n]) for n in fit.curves})
+    if failed > samples / 2:
+        raise ConfigError(f"runs: {failed} of {samples} refits failed; add runs")
+    tails = [(1.0 - level) / 2.0, (1.0 + level) / 2.0]
+    grid = fit.envelope.log10_compute
+    table = np.stack([law.log2_n(10.0**grid) for law in laws])
+
+    def of(found: Sequence[Any]) -> dict[str, tuple[float, float]]:
+        ends = np.quantile(np.array([dataclasses.astuple(f) for f in found]), tails, axis=0)
+        names = [field.name for field in dataclasses.fields(found[0])]
+        return {name: tuple(map(float, ends[:, i])) for i, name in enumerate(names)}
+
+    return Intervals(
+        laws=tuple(laws),
+        samples=samples,
+        failed=failed,
+        level=level,
+        log2_n=np.quantile(table, tails, axis=0),
+        growth=tuple(map(float, np.quantile(table[:, -1] - table[:, 0], tails))),
+        coefficients=of(laws),
+        curves={n: of([found[n] for found in curves]) for n in fit.curves},
+    )
+
+
+def verdict(fit: Fit, intervals: Intervals | None) -> str:
+    """In one sentence, whether n* grows over the measured range."""
+    low, high = (f"{10.0**x:,.0f}" for x in fit.log10_range)
+    over = f"over the measured range (C = {low} to {high} rollouts)"
+    ends = [float(2.0**v) for v in fit.law.log2_n(10.0 ** np.array(fit.log10_range))]
+    if fit.growth < 1e-6:
+        return f"n* does not grow {over}: it is {ends[0]:.1f} throughout."
+    if intervals is None:
+        return (
+            f"The fit has n* go from {ends[0]:.1f} to {ends[1]:.1f} {over}; with one seed there "
+            "are no intervals, so whether it grows is not known."
+        )
+    least, most = (2.0**v for v in intervals.growth)
+    factor = f"by a factor of {2.0**fit.growth:.2f} [{least:.2f}, {most:.2f}]"
+    if intervals.growth[0] > 1e-6:
+        return f"n* grows {over}, from {ends[0]:.1f} to {ends[1]:.1f}, {factor}."
+    return f"n* does not grow {over} beyond what seeds do: {factor}, from {ends[0]:.1f}."
