@@ -10,6 +10,15 @@ from typing import Any
 from pr2jax.core.config import ConfigError
 from pr2jax.data.chat import render, render_prompt
 
+MIXTURE = "mixture"  # the task name that stands for `parts`
+_KINDS = {
+    "reasoning_gym": "reasoning_gym/GENERATOR",
+    "generated": "generated/GENERATOR",
+    "packaged": "packaged/NAME",
+    "jsonl": "jsonl:PATH",
+    "parquet": "parquet:PATH",
+    MIXTURE: MIXTURE,
+}
 CHAT = "chat"  # the prompt_template that stands for the tokenizer's own
 
 # Guru's six (arXiv 2506.14965), and what its files call them before the "__" of a data source.
@@ -69,9 +78,14 @@ class JudgeRequest:
 class TaskConfig:
     """Where problems come from and how they are put.
 
-    name: "reasoning_gym/GENERATOR", "jsonl:PATH" or "parquet:PATH" (rows of the Guru schema).
+    name: "reasoning_gym/GENERATOR"; "generated/GENERATOR", one of our own (`tasks.generated`);
+        "packaged/NAME", a set that comes with a package (`tasks.packaged`); "jsonl:PATH" or
+        "parquet:PATH" (rows of the Guru schema); or "mixture" of `parts`.
+    parts: mixture: tasks by name. Sizes and templates are the parts' own; of the keys below only
+        `seed`, which chooses the order, is the mixture's.
     settings: a JSON object of the generator's own settings.
-    size, held_out: numbers of training and of held-out problems. Rows: size -1 takes all.
+    size, held_out: numbers of training and of held-out problems. Rows, packaged: size -1 takes
+        all.
     seed: chooses the problems and the split.
     prompt_template, answer_template: with {question} and {answer}; the second makes the SFT
         target. prompt_template "chat" puts the question by the tokenizer's own chat template.
@@ -88,6 +102,7 @@ class TaskConfig:
     """
 
     name: str = "reasoning_gym/chain_sum"
+    parts: dict[str, "TaskConfig"] = dataclasses.field(default_factory=dict)
     settings: str = "{}"
     size: int = 1000
     held_out: int = 100
@@ -103,16 +118,24 @@ class TaskConfig:
     max_bad_share: float = 0.01
 
     def validate(self) -> None:
-        """Raises ConfigError naming the key."""
-        kind = self.name.partition(":" if ":" in self.name else "/")
-        if kind[0] not in ("reasoning_gym", "jsonl", "parquet") or not kind[2]:
-            raise ConfigError(
-                f"name: {self.name!r} is not reasoning_gym/GENERATOR, jsonl:PATH or parquet:PATH"
-            )
-        self.settings_dict()
-        if kind[0] != "reasoning_gym" and self.settings_dict():
-            raise ConfigError(f"settings: {kind[0]} has none")
-        if self.size < (0 if kind[0] == "reasoning_gym" else -1):
+        """Raises ConfigError naming the key, also one that does not apply to this kind of task."""
+        kind = self.kind
+        start = re.match("[a-z_]+[:/]?", _KINDS.get(kind, "-"))
+        whole = self.name == MIXTURE if kind == MIXTURE else len(self.name) > len(kind) + 1
+        if not start or not whole or not self.name.startswith(start.group()):
+            raise ConfigError(f"name: {self.name!r} is not one of {', '.join(_KINDS.values())}")
+        if kind == MIXTURE:
+            self._validate_mixture()
+            return
+        if self.parts:
+            raise ConfigError(f"parts: {kind} has none; only name 'mixture' has")
+        if self.settings_dict() and kind not in ("reasoning_gym", "generated"):
+            raise ConfigError(f"settings: {kind} has none")
+        if self.allow_unsound and kind != "reasoning_gym":
+            raise ConfigError(f"allow_unsound: only for reasoning_gym, not for {kind}")
+        if self.lowercase and kind in ("generated", "packaged"):
+            raise ConfigError(f"lowercase: {kind} problems are scored with their case")
+        if self.size < (0 if kind in ("reasoning_gym", "generated") else -1):
             raise ConfigError(f"size: {self.size} problems")
         if self.held_out < 0 or (self.size == 0 and self.held_out == 0):
             raise ConfigError(f"held_out: {self.held_out} problems, with size {self.size}")
@@ -133,6 +156,34 @@ class TaskConfig:
         for key in ("max_bad_share", "partial_credit"):
             if not 0.0 <= getattr(self, key) <= 1.0:
                 raise ConfigError(f"{key}: {getattr(self, key)} is not in [0, 1]")
+
+    def _validate_mixture(self) -> None:
+        if not self.parts:
+            raise ConfigError("parts: a mixture needs at least one")
+        for field in dataclasses.fields(self):
+            own = field.name in ("name", "parts", "seed")
+            if not own and getattr(self, field.name) != field.default:
+                raise ConfigError(f"{field.name}: set it on the parts of a mixture, not on it")
+        for name, part in self.parts.items():
+            if not name or "/" in name:
+                raise ConfigError(f"parts: {name!r} is not a name (it has to go into problem ids)")
+            try:
+                part.validate()
+            except ConfigError as error:
+                raise ConfigError(f"parts.{name}.{error}") from None
+
+    @property
+    def kind(self) -> str:
+        """What stands before the ":" or "/" of `name`."""
+        return self.name.partition(":" if ":" in self.name else "/")[0]
+
+    @property
+    def train_size(self) -> int:
+        """Training problems this asks for, over all parts; -1 where that depends on a file."""
+        if self.kind != MIXTURE:
+            return self.size
+        sizes = [part.train_size for part in self.parts.values()]
+        return -1 if -1 in sizes else sum(sizes)
 
     def settings_dict(self) -> dict[str, Any]:
         """`settings` parsed. Raises ConfigError if it is not a JSON object."""
@@ -192,12 +243,21 @@ def domain_of(problem: Problem) -> str:
 
 
 def finish_problem(
-    cfg: TaskConfig, ident: str, question: str, answer: str, data_source: str, meta: dict[str, Any]
+    cfg: TaskConfig,
+    ident: str,
+    question: str,
+    answer: str,
+    data_source: str,
+    meta: dict[str, Any],
+    target: str | None = None,
 ) -> Problem:
     """A Problem with its templates filled in; what scoring needs of `cfg` goes into `meta`.
 
+    target: the text SFT learns, in the form that the verifier reads (`answer` when None).
+
     Raises ConfigError if `question_regex` does not match.
     """
+    target = answer if target is None else target
     shown = question
     if cfg.question_regex:
         match = re.search(cfg.question_regex, question)
@@ -206,9 +266,8 @@ def finish_problem(
                 f"question_regex: {cfg.question_regex!r} finds nothing in {question[:200]!r}"
             )
         shown = match.group(1)
-    target = answer
     if cfg.lowercase:
-        shown, target = shown.lower(), answer.lower()
+        shown, target = shown.lower(), target.lower()
     chat = cfg.prompt_template == CHAT
     return Problem(
         id=ident,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pr2jax.core.config import ConfigError
-from pr2jax.tasks import base
+from pr2jax.tasks import base, draw
 from pr2jax.tasks.base import Problem, TaskConfig, Verdict
 
 # Found with reasoning-gym 0.1.25.
@@ -103,30 +103,15 @@ def build(
             "PYTHONHASHSEED=0 to use it"
         )
     settings = json.dumps(cfg.settings_dict(), sort_keys=True)
-    wanted = cfg.held_out + cfg.size
-    seen = base.SeenQuestions(exclude)
-    found: list[Problem] = []
-    draws = misses = 0
-    for entry in _entries(name, settings, cfg.seed):
-        problem = _problem(cfg, name, settings, f"{name}-{cfg.seed}-{draws}", entry)
-        draws += 1
-        if seen.add(problem):
-            found.append(problem)
-            misses = 0
-        else:
-            misses += 1
-        if len(found) == wanted:
-            break
-        # A space of exactly `wanted` equally likely questions is exhausted long before this.
-        if misses > 1000 + 4 * wanted:
-            raise ConfigError(
-                f"size: {name} with {settings} gave {len(found)} distinct questions not excluded "
-                f"in {draws} draws; {cfg.size} and {cfg.held_out} held out were asked for"
-            )
+    problems = (
+        _problem(cfg, name, settings, f"{name}-{cfg.seed}-{i}", entry)
+        for i, entry in enumerate(_entries(name, settings, cfg.seed))
+    )
+    train, held_out, stats = draw.draw(cfg, f"{name} with {settings}", problems, exclude)
+    problems.close()  # gives Python's global random state back
     if not cfg.allow_unsound:
-        _check_sound(name, found[:4])
-    stats = {"draws": draws, "repeats": draws - wanted}
-    return found[cfg.held_out :], found[: cfg.held_out], stats
+        _check_sound(name, (held_out + train)[:4])
+    return train, held_out, stats
 
 
 def _problem(

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable
 
-from pr2jax.tasks import gym, math, rows
-from pr2jax.tasks.base import Problem, Task, TaskConfig, Verdict, checked
+from pr2jax.tasks import generated, gym, math, mixture, packaged, rows
+from pr2jax.tasks.base import MIXTURE, Problem, Task, TaskConfig, Verdict, checked
 
 # Chosen by the start of `data_source`: reasoning-gym's own names, then Guru's domains.
 VERIFIERS: dict[str, Callable[[Problem, str], Verdict]] = {
@@ -34,8 +34,11 @@ def build_task(cfg: TaskConfig, exclude: Iterable[Problem] = ()) -> Task:
     same task. Raises ConfigError naming the key, or RowError for a bad file.
     """
     cfg.validate()
-    if cfg.name.startswith("reasoning_gym/"):
-        train, held_out, stats = gym.build(cfg, exclude)
-    else:
+    if cfg.kind == MIXTURE:
+        train, held_out, stats = mixture.build(cfg, exclude, build_task)
+    elif cfg.kind in ("jsonl", "parquet"):
         train, held_out, stats = rows.build(cfg, exclude, check=verifier_for)
+    else:
+        build = {"reasoning_gym": gym, "packaged": packaged, "generated": generated}[cfg.kind].build
+        train, held_out, stats = build(cfg, exclude)
     return Task(cfg, train, held_out, score, stats)

@@ -5,7 +5,6 @@ A row has `prompt` ([{role, content}] or a string), `data_source` ("domain__name
 ground truth by `answer_template`.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ from typing import Any
 
 from pr2jax.core.config import ConfigError
 from pr2jax.data.chat import render_messages
-from pr2jax.tasks import base
+from pr2jax.tasks import base, draw
 from pr2jax.tasks.base import Problem, TaskConfig
 
 log = logging.getLogger(__name__)
@@ -127,21 +126,5 @@ def build(
     split. Raises ConfigError where there are too few.
     """
     problems, stats = load_problems(cfg, cfg.name.partition(":")[2], check)
-    seen = base.SeenQuestions(exclude)
-    found = [p for p in problems if seen.add(p)]
-    stats["repeats"] = len(problems) - len(found)
-
-    def rank(problem: Problem) -> bytes:
-        text = f"{cfg.seed}/{base.question_keys(problem)[0]}"
-        return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-    found.sort(key=rank)
-    wanted = cfg.held_out + max(cfg.size, 0)
-    if len(found) < wanted or (cfg.size == -1 and len(found) == cfg.held_out):
-        size = "all others" if cfg.size == -1 else cfg.size
-        raise ConfigError(
-            f"size: {cfg.name} has {len(found)} distinct questions not excluded; {size} and "
-            f"{cfg.held_out} held out were asked for"
-        )
-    end = None if cfg.size == -1 else wanted
-    return found[cfg.held_out : end], found[: cfg.held_out], stats
+    train, held_out, repeats = draw.split(cfg, problems, exclude)
+    return train, held_out, stats | repeats

@@ -311,9 +311,9 @@ class Config:
             )
         if todo.lookahead and self.rl.optim.optimizer != "adamw":
             raise ConfigError("rl.optim.optimizer: replay.mode 'lookahead' reads Adam's moments")
-        if self.rl_task.size >= 0 and self.rl_task.size < self.rl.prompts_per_batch:
+        if 0 <= self.rl_task.train_size < self.rl.prompts_per_batch:
             raise ConfigError(
-                f"rl_task.size: {self.rl_task.size} problems do not fill one batch of "
+                f"rl_task.size: {self.rl_task.train_size} problems do not fill one batch of "
                 f"rl.prompts_per_batch={self.rl.prompts_per_batch}"
             )
 
