@@ -44,14 +44,15 @@ EXIT_RESUME = 75  # sysexits' EX_TEMPFAIL: saved, run the same command again
 
 def run(config, workdir: str, profile_steps: int = 0) -> None:
     """Runs a `train.config.Config` (dataclass) in `workdir`."""
-    # They import JAX and its friends.
-    from pr2jax.train import curate, generate, pipeline, regimes, study
+    # They import JAX.
+    from pr2jax.train import curate, evaluate, generate, pipeline, regimes, study
 
     modes = {
         "sft": pipeline.run_sft,
         "rl": pipeline.run_rl,
         "sft_then_rl": pipeline.run_sft_then_rl,
         "generate": generate.run_generate,
+        "eval": evaluate.run_eval,
         "curate": curate.run_curate,
         "study": study.run_study,
         "difficulty": regimes.run_difficulty,

@@ -134,24 +134,40 @@ def transcripts(
     Shown are `limit` problems spread evenly over the list, not chosen by how well they went.
     Raises ValueError where the two lists are not of the same problems.
     """
-    ids = [s.problem.id for s in before]
-    if ids != [s.problem.id for s in after]:
+    if [s.problem.id for s in before] != [s.problem.id for s in after]:
         raise ValueError("transcripts: before and after are not of the same problems")
-    count = min(limit, len(ids))
-    shown = [i * len(ids) // count for i in range(count)]
+    columns = list(zip(names, (before, after), strict=True))
+    return side_by_side(columns, limit=limit, responses=responses)
+
+
+def side_by_side(
+    columns: Sequence[tuple[str, Sequence[Sample]]], *, limit: int = 8, responses: int = 4
+) -> Html:
+    """`transcripts` of any number of (name, samples) columns.
+
+    Raises ValueError where they are not of the same problems.
+    """
+    ids = [[s.problem.id for s in samples] for _, samples in columns]
+    if any(other != ids[0] for other in ids):
+        raise ValueError("transcripts: the columns are not of the same problems")
+    total = len(ids[0])
+    count = min(limit, total)
+    # Two share the width evenly; more wrap where they would become too narrow to read.
+    wrap = "repeat(auto-fit, minmax(min(20rem, 100%), 1fr))"
+    style = f' style="grid-template-columns:{wrap}"' if len(columns) != 2 else ""
     parts = []
-    for i in shown:
-        problem = before[i].problem
-        columns = "".join(
-            f"<div><h4>{escape(name)}</h4>{_responses(sample, responses)}</div>"
-            for name, sample in zip(names, (before[i], after[i]), strict=True)
+    for i in (i * total // count for i in range(count)):
+        problem = columns[0][1][i].problem
+        cells = "".join(
+            f"<div><h4>{escape(name)}</h4>{_responses(samples[i], responses)}</div>"
+            for name, samples in columns
         )
         parts.append(
             f'<article class="problem"><div class="prompt"><pre>{escape(problem.prompt)}</pre>'
             f'<span class="answer">reference: {escape(problem.answer)}</span></div>'
-            f'<div class="pair">{columns}</div></article>'
+            f'<div class="pair"{style}>{cells}</div></article>'
         )
-    note = f"{count} of {len(ids)} problems, evenly spaced; {responses} responses each at most."
+    note = f"{count} of {total} problems, evenly spaced; {responses} responses each at most."
     return Html(f'<p class="note">{escape(note)}</p>{"".join(parts)}')
 
 

@@ -12,6 +12,7 @@ from pr2jax.core.sharding import MeshConfig
 from pr2jax.data.sources import SourceConfig
 from pr2jax.data.tokenizer import TokenizerConfig
 from pr2jax.emo.schedule import EMOConfig
+from pr2jax.evaluation.suites import EvaluationConfig
 from pr2jax.models.config import ModelConfig
 from pr2jax.models.upcycling import UpcycleConfig
 from pr2jax.replay.modes import ReplayConfig, check_model, plan
@@ -31,6 +32,7 @@ Mode = Literal[
     "pretrain_sft_rl",
     "study",
     "difficulty",
+    "eval",
     "curate",
 ]
 
@@ -207,8 +209,8 @@ class Config:
       `pretrain` learns the next token of documents, in stages of a growing pool of experts where
       emo.experts names them; `pretrain_sft_rl` does that in WORKDIR/pretrain, then `sft_then_rl`
       with the model that came out of it; `difficulty` measures how hard rl_task's problems are;
-      `curate` chooses rows to train on, without what is repeated, leaked or of the wrong
-      difficulty.
+      `eval` compares checkpoints on suites of tasks; `curate` chooses rows to train on, without
+      what is repeated, leaked or of the wrong difficulty.
     model.vocab_size: 0 takes the tokenizer's.
     compute_dtype: auto, bfloat16 or float32 (core/device.py).
     init_from: what to start from: another run's folder (its best checkpoint, else its latest), an
@@ -245,6 +247,7 @@ class Config:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     curate: CurateConfig = field(default_factory=CurateConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def validate(self) -> None:
         """What no part can see alone. Raises ConfigError("key: why")."""
@@ -261,6 +264,11 @@ class Config:
             used = []
         if self.mode == "generate":
             used = [("generate.sampling", self.generate.sampling)]
+        if self.mode == "eval":
+            used = []  # the suites say how they sample
+            for key in ("checkpoints", "suites"):
+                if not getattr(self.evaluation, key):
+                    raise ConfigError(f"evaluation.{key}: mode 'eval' needs at least one")
         for key, sampling in used:
             if sampling.max_tokens > self.sampler.max_tokens:
                 raise ConfigError(
