@@ -2,9 +2,10 @@
 
 As the IsoCompute study does it: validation scores are bucketed over compute, each run's
 record-breaking points are kept, a monotone sigmoid R(C) is fitted for each n, the upper envelope
-of the curves says n*(C), and a sigmoid in log10 C is fitted to log2 n*. Between the values of n
-that were run, the envelope's maximum is taken from the parabola through the best n and its two
-neighbours in log2 n. Intervals come from refits on resampled runs. float64; deterministic.
+of the curves says n*(C), and a sigmoid in log10 C is fitted to log2 n*. The n of the highest curve
+moves in steps of what was run, and near the optimum the curves lie close; so the envelope's n is
+where the parabola (least squares in log2 n) of the best n and two on either side is highest.
+Intervals come from refits on resampled runs. float64; deterministic.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ GRID = 64
 # n* has no meaning where no n has learned anything yet: the range starts where the envelope has
 # risen by this share of its whole rise.
 RISEN = 0.1
+_AROUND = 2  # values of n on either side of the best, of whose curves the envelope's n is made
 _SLOPES = (0.5, 50.0)  # of log2 n*; the upper end is a step
 _EFFICIENCIES = (0.1, 20.0)
+_LN10 = math.log(10.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,15 +177,28 @@ def fit_curve(
         ]
     fixed = 0 if start is None else 1
 
-    def values(v):
-        r0, rise, mid, log_b = (start, *v) if fixed else v
-        return r0 + rise * logistic(np.exp(log_b) * np.log(10.0) * (x - mid))
+    def full(v):
+        return np.concatenate([[start], v]) if fixed else v
+
+    def residuals(v):
+        r0, rise, mid, log_b = full(v)
+        return r0 + rise * logistic(np.exp(log_b) * _LN10 * (x - mid)) - y
+
+    def slopes(v):
+        _, rise, mid, log_b = full(v)
+        z = np.exp(log_b) * _LN10 * (x - mid)
+        s = logistic(z)
+        # At C = 0, where z is -inf, the curve does not move with mid or B.
+        by_z = np.where(np.isfinite(z), rise * s * (1.0 - s), 0.0)
+        z = np.where(np.isfinite(z), z, 0.0)
+        columns = [np.ones_like(x), s, -by_z * np.exp(log_b) * _LN10, by_z * z]
+        return np.stack(columns[fixed:], axis=1)
 
     best = None
+    ends = np.array(bounds[fixed:], np.float64).T
     for begin in begins:
-        ends = np.array(bounds[fixed:], np.float64).T
         at = np.clip(begin[fixed:], ends[0] + 1e-6, ends[1] - 1e-6)
-        found = least_squares(lambda v: values(v) - y, at, bounds=ends, x_scale=(0.1,) * len(at))
+        found = least_squares(residuals, at, slopes, bounds=ends)
         if best is None or found.cost < best.cost - 1e-12:
             best = found
     r0, rise, mid, log_b = (start, *best.x) if fixed else best.x
@@ -228,21 +244,18 @@ def envelope(curves: dict[int, RewardCurve], grid: Float[np.ndarray, " G"]) -> E
     best = table.argmax(axis=0)
     log2_n = place[best]
     for g, j in enumerate(best):
-        if 0 < j < len(ns) - 1:
-            log2_n[g] = _vertex(place[j - 1 : j + 2], table[j - 1 : j + 2, g])
+        low = min(max(j - _AROUND, 0), max(len(ns) - 4, 0))
+        high = max(j + _AROUND + 1, min(4, len(ns)))
+        log2_n[g] = _peak(place[low:high], table[low:high, g], place[j])
     edge = float(np.mean(best == 0)), float(np.mean(best == len(ns) - 1))
     return Envelope(grid, log2_n, table.max(axis=0), edge)
 
 
-def _vertex(x: Float[np.ndarray, " 3"], y: Float[np.ndarray, " 3"]) -> float:
-    """Where the parabola through three points, the middle one highest, is highest; within half
-    way to the neighbours."""
-    left, right = x[1] - x[0], x[2] - x[1]
-    down, up = (y[1] - y[0]) / left, (y[2] - y[1]) / right
-    if down <= up:  # no curvature: equal heights
-        return float(x[1])
-    at = 0.5 * (x[0] + x[1]) + 0.5 * (x[2] - x[0]) * down / (down - up)
-    return float(np.clip(at, x[1] - left / 2, x[1] + right / 2))
+def _peak(x: Float[np.ndarray, " K"], y: Float[np.ndarray, " K"], best: float) -> float:
+    """Where the parabola nearest to the points is highest, within their ends; `best` where it is
+    not curved downwards."""
+    a, b, _ = np.polyfit(x - best, y, 2)
+    return best if a > -1e-12 else float(np.clip(best - b / (2.0 * a), x[0], x[-1]))
 
 
 def _span(runs: Sequence[SweepRun]) -> tuple[float, float]:
@@ -255,8 +268,8 @@ def _span(runs: Sequence[SweepRun]) -> tuple[float, float]:
     return float(np.log10(first)), float(np.log10(last))
 
 
-def fit_law(found: Envelope) -> SamplingLaw:
-    """The sigmoid of an envelope; amplitude 0 where it does not rise."""
+def fit_law(found: Envelope, near: SamplingLaw | None = None) -> SamplingLaw:
+    """The sigmoid of an envelope; amplitude 0 where it does not rise. near: a start besides."""
     x, y = found.log10_compute, found.log2_n
     flat = SamplingLaw(0.0, 1.0, float(x.mean()), float(y.mean()))
     if np.ptp(y) < 1e-9:
@@ -267,17 +280,28 @@ def fit_law(found: Envelope) -> SamplingLaw:
     def residuals(v):
         return v[3] + v[0] * logistic(np.exp(v[1]) * (x - v[2])) - y
 
+    def slopes(v):
+        z = np.exp(v[1]) * (x - v[2])
+        s = logistic(z)
+        by_z = v[0] * s * (1.0 - s)
+        return np.stack([s, by_z * z, -by_z * np.exp(v[1]), np.ones_like(x)], axis=1)
+
+    begins = [
+        (np.ptp(y), np.log(slope), x[0] + share * np.ptp(x), y.min())
+        for share in ((0.2, 0.7) if near else (0.1, 0.35, 0.6, 0.85))
+        for slope in ((4.0,) if near else (2.0, 8.0))
+    ]
+    if near and near.amplitude:
+        begins.append((near.amplitude, np.log(near.slope), near.centre, near.base))
     best, least = flat, 0.5 * float(np.sum((y - y.mean()) ** 2))
-    for share in (0.1, 0.35, 0.6, 0.85):
-        for slope in (2.0, 8.0):
-            begin = np.array([np.ptp(y), np.log(slope), x[0] + share * np.ptp(x), y.min()])
-            done = least_squares(
-                residuals, np.clip(begin, low + 1e-6, high - 1e-6), bounds=(low, high)
-            )
-            if done.cost < least * (1 - 1e-9):
-                least = done.cost
-                amplitude, log_slope, centre, base = map(float, done.x)
-                best = SamplingLaw(amplitude, float(np.exp(log_slope)), centre, base)
+    for begin in begins:
+        done = least_squares(
+            residuals, np.clip(begin, low + 1e-6, high - 1e-6), slopes, bounds=(low, high)
+        )
+        if done.cost < least * (1 - 1e-9):
+            least = done.cost
+            amplitude, log_slope, centre, base = map(float, done.x)
+            best = SamplingLaw(amplitude, float(np.exp(log_slope)), centre, base)
     return best
 
 
@@ -358,7 +382,7 @@ def fit_sweep(runs: Sequence[SweepRun], near: Fit | None = None) -> Fit:
         risen = top - start >= RISEN * (top[-1] - start)
         grid = np.linspace(grid[int(risen.argmax())], grid[-1], GRID)
     found = envelope(curves, grid)
-    return Fit(fit_law(found), curves, found)
+    return Fit(fit_law(found, near and near.law), curves, found)
 
 
 @dataclasses.dataclass(frozen=True)
