@@ -45,7 +45,7 @@ EXIT_RESUME = 75  # sysexits' EX_TEMPFAIL: saved, run the same command again
 def run(config, workdir: str, profile_steps: int = 0) -> None:
     """Runs a `train.config.Config` (dataclass) in `workdir`."""
     # They import JAX.
-    from pr2jax.train import curate, evaluate, generate, pipeline, regimes, study
+    from pr2jax.train import curate, evaluate, generate, pipeline, plan, regimes, study
 
     modes = {
         "sft": pipeline.run_sft,
@@ -56,6 +56,7 @@ def run(config, workdir: str, profile_steps: int = 0) -> None:
         "curate": curate.run_curate,
         "study": study.run_study,
         "difficulty": regimes.run_difficulty,
+        "plan": plan.run_plan,
         "pretrain": pipeline.run_pretrain,
         "pretrain_sft_rl": pipeline.run_pretrain_sft_rl,
     }
@@ -120,13 +121,15 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def _config():
     """The dataclass of --config. Raises ConfigError, also where the file cannot be loaded."""
     from pr2jax.train.config import Config
+    from pr2jax.train.plan import with_plan
 
     if not isinstance(CONFIG.value, ConfigDict):
         try:
             CONFIG.value.mode  # noqa: B018 (the flag's value raises what went wrong)
         except Exception as error:
             raise ConfigError(f"--config: {error}") from error
-    return from_config_dict(Config, CONFIG.value)
+    given = config_flags.get_override_values(flags.FLAGS["config"])
+    return with_plan(from_config_dict(Config, CONFIG.value), given)
 
 
 def _start(argv: list[str]) -> None:

@@ -108,7 +108,7 @@ def get_config(arg: str = ""):
         model=ModelConfig(
             vocab_size=0,
             d_model=64,
-            num_layers=4,
+            num_layers=2,
             num_heads=4,
             num_kv_heads=4,
             head_dim=16,
@@ -118,7 +118,7 @@ def get_config(arg: str = ""):
         tokenizer=TokenizerConfig(kind="char", alphabet=">abcdefghijklmnopqrstuvwxyz"),
         sft=SFTConfig(
             task=_words(3, 5, 64 if smoke else 4000, 0, seed=1),
-            steps=2 if smoke else 120,
+            steps=2 if smoke else 200,
             batch=4 if smoke else 16,
             row_length=96,
             optim=OptimConfig(
@@ -127,11 +127,11 @@ def get_config(arg: str = ""):
                 decay_fraction=0.8,
                 final_fraction=0.2,
                 warmup_steps=20,
-                total_steps=120,
+                total_steps=200,
                 b2=0.98,
             ),
         ),
-        rl_task=_words(5, 5, 32 if smoke else 3000, 16 if smoke else 1000, seed=2),
+        rl_task=_words(5, 5, 32 if smoke else 3000, 16 if smoke else 1500, seed=2),
         rl=RLConfig(
             prompts_per_batch=4 if smoke else PROMPTS,
             micro_batch=8 if smoke else 128,
@@ -142,7 +142,7 @@ def get_config(arg: str = ""):
             kl_coef=1e-3 if easy else 0.0,
             entropy_coef=1e-3 if easy else 0.0,
             sampling=sampling,
-            length_bucket=4,
+            length_bucket=16,
             optim=OptimConfig(learning_rate=RATE, warmup_steps=WARMUP_STEPS, b2=0.98),
         ),
         replay=ReplayConfig(mode="r3"),

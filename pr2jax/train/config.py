@@ -21,7 +21,7 @@ from pr2jax.sampler.types import SamplerConfig, SamplingParams
 from pr2jax.tasks.base import TaskConfig
 from pr2jax.tasks.filters import CurateConfig
 from pr2jax.train.study_config import CellConfig as CellConfig  # configs name it from here
-from pr2jax.train.study_config import GenerateConfig, RegimeConfig, StudyConfig
+from pr2jax.train.study_config import GenerateConfig, PlanConfig, RegimeConfig, StudyConfig
 
 Mode = Literal[
     "sft",
@@ -32,6 +32,7 @@ Mode = Literal[
     "pretrain_sft_rl",
     "study",
     "difficulty",
+    "plan",
     "eval",
     "curate",
 ]
@@ -209,6 +210,7 @@ class Config:
       `pretrain` learns the next token of documents, in stages of a growing pool of experts where
       emo.experts names them; `pretrain_sft_rl` does that in WORKDIR/pretrain, then `sft_then_rl`
       with the model that came out of it; `difficulty` measures how hard rl_task's problems are;
+      `plan` says how to spend a budget of rollouts;
       `eval` compares checkpoints on suites of tasks; `curate` chooses rows to train on, without
       what is repeated, leaked or of the wrong difficulty.
     model.vocab_size: 0 takes the tokenizer's.
@@ -222,6 +224,8 @@ class Config:
     rl_problems: a JSONL file with the `id`s of the only problems of rl_task to learn from and to
       evaluate, such as mode `difficulty` writes (empty: all).
     regime: what mode `difficulty` measures of rl_task's problems, and which it chooses.
+    rl_plan: a plan.json of mode `plan`, or its folder (empty: none): samples, prompts, steps and
+      learning rate of `rl` are the plan's, strictly on-policy (train/plan.py).
     """
 
     mode: Mode = "rl"
@@ -238,7 +242,9 @@ class Config:
     rl: RLConfig = field(default_factory=RLConfig)
     rl_task: TaskConfig = field(default_factory=TaskConfig)
     rl_problems: str = ""
+    rl_plan: str = ""
     regime: RegimeConfig = field(default_factory=RegimeConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

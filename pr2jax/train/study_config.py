@@ -131,3 +131,34 @@ class StudyConfig:
                 raise ConfigError(
                     f"cells[{i}].against: group {cell.group!r} has no cell {cell.against!r}"
                 )
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What mode `plan` is asked (train/plan.py).
+
+    Attributes:
+      compute: what there is, in `unit`.
+      tokens_per_rollout: for unit `tokens` (0: as the sweep of `fit` measured).
+      fit: a sweep's folder or its law.json; empty takes the published law.
+      regime: how hard the problems are for the base model (`REGIMES`; `mixed`: of all kinds).
+        Empty: easy, or what the sweep's were.
+      prompts: B_p (0: the law's; of the published ones 32, and 64 for problems that are not easy).
+    """
+
+    compute: float = 1e6
+    unit: Literal["rollouts", "tokens"] = "rollouts"
+    tokens_per_rollout: float = 0.0
+    fit: str = ""
+    regime: Literal["", "easy", "hard", "extremely_hard", "mixed"] = ""
+    prompts: int = 0
+
+    def validate(self) -> None:
+        """Raises ConfigError("key: why")."""
+        if not 0.0 < self.compute < float("inf"):
+            raise ConfigError(f"compute: must be above 0, got {self.compute}")
+        for key in ("tokens_per_rollout", "prompts"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"{key}: must be >= 0, got {getattr(self, key)}")
+        if self.tokens_per_rollout and self.unit != "tokens":
+            raise ConfigError("tokens_per_rollout: only unit 'tokens' reads it")
