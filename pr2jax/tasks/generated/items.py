@@ -17,8 +17,8 @@ LEVELS: tuple[Level, ...] = ("tiny", "easy", "medium", "hard")
 class Settings:
     """Settings that every generator has.
 
-    level: how hard; "tiny" has prompts of at most 80 characters and, with form "bare", answers of
-        at most 14 (zebra puzzles apart), for models trained from scratch.
+    level: how hard; "tiny" has questions of at most 80 characters and answers of at most 18 (zebra
+        puzzles apart), for models trained from scratch.
     form: "full": the answer as Guru asks for it (\\boxed{}, <answer>, a fence...), which the
         question asks for too; "unasked": so, but the question does not say it; "bare": the answer
         alone is the whole response.

@@ -274,7 +274,9 @@ class ProgramSettings(Settings):
     io: Literal["stdio", "function", "both"] = "both"
 
 
-def _item(question: str, truth: dict, program: str, meta: dict[str, Any]) -> Item:
+def _item(
+    question: str, truth: dict, program: str, meta: dict[str, Any], settings: Settings
+) -> Item:
     return Item(
         question=question,
         truth=json.dumps(truth),
@@ -282,7 +284,8 @@ def _item(question: str, truth: dict, program: str, meta: dict[str, Any]) -> Ite
         wrap=_FENCE,
         ask="Put the program in a ```python fence.",
         data_source="codegen__generated",
-        meta=meta,
+        # Without a fence the whole response is the program.
+        meta=meta | ({"bare_code": True} if settings.form == "bare" else {}),
     )
 
 
@@ -309,11 +312,10 @@ def _make(rng: Rng, settings: ProgramSettings) -> Item:
     if io == "function":
         meta["entry_point"] = "solve"
     question = _statement(family, io, cases[0], results[0])
-    return _item(question, truth, _program(family, io), meta)
+    return _item(question, truth, _program(family, io), meta, settings)
 
 
-# For small models: the program is one expression of n, after a prefix that the verifier puts
-# before it. (words, expression, function)
+# For small models: one expression of n, printed or as a function. (words, expression, function)
 _TINY: dict[str, Callable[[int, int], tuple[str, str, Callable[[int], int]]]] = {
     "add": lambda a, b: (f"add {a}", f"n+{a}", lambda n: n + a),
     "subtract": lambda a, b: (f"subtract {a}", f"n-{a}", lambda n: n - a),
@@ -330,20 +332,21 @@ def _tiny(rng: Rng, settings: ProgramSettings, io: str) -> Item:
     inputs = rng.sample(range(-50, 100), _CASES)
     if io == "function":
         asserts = [f"assert f({n}) == {function(n)}" for n in inputs]
-        truth, prefix = {"functional": "\n".join(asserts)}, "f=lambda n:"
-        program, wrong = expression, f"{expression}+1"
+        truth = {"functional": "\n".join(asserts)}
+        meta = {"entry_point": "f"}
+        asked, program = f"f(n): {words}", f"f=lambda n:{expression}"
+        wrong = f"{program}+1"
     else:
         truth = {
             "inputs": [f"{n}\n" for n in inputs],
             "outputs": [f"{function(n)}\n" for n in inputs],
         }
-        prefix = "n=int(input())\n"
-        program, wrong = f"print({expression})", f"print({expression}+1)"
+        meta = {"prefix": "n=int(input())\n"}
+        asked, program = f"print n: {words}", f"print({expression})"
+        wrong = f"print({expression}+1)"
     # `wrong` is one off at every input.
-    meta = {"family": family, "io": io, "prefix": prefix, "wrong": wrong}
-    if io == "function":
-        meta["entry_point"] = "f"
-    return _item(f"{prefix}... {words}", truth, program, meta)
+    meta |= {"family": family, "io": io, "wrong": wrong}
+    return _item(asked, truth, program, meta, settings)
 
 
 def _wrong(problem: Problem, rng: Rng) -> tuple[str, float]:
