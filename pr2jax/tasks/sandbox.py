@@ -41,14 +41,14 @@ _START_S = 60.0
 _GRACE_S = 10.0  # beyond a program's own limits; then the jail itself is at fault
 
 # sandlock denies mounts, namespaces, tracing, modules, keys, io_uring, raw sockets and their like
-# by itself. These besides: no program needs them, and files' modes are outside Landlock.
+# by itself. These besides: they reach other processes of the same user, or files' modes, which are
+# outside Landlock.
 _DENIED = (
     *("memfd_create", "memfd_secret", "mq_open", "pidfd_getfd", "setpriority"),
     *("sched_setscheduler", "sched_setattr", "clock_settime", "settimeofday", "adjtimex"),
     *("setuid", "setgid", "setresuid", "setresgid", "setreuid", "setregid", "setgroups"),
+    *("sched_setaffinity", "sched_setparam", "ioprio_set", "migrate_pages", "move_pages"),
     *("mknod", "mknodat"),
-)
-_DENIED_MODES = (
     *("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat"),
     *("utime", "utimes", "utimensat", "futimesat", "setxattr", "lsetxattr", "fsetxattr"),
     *("removexattr", "lremovexattr", "fremovexattr"),
@@ -162,7 +162,7 @@ class _Jail:
             )
         except OSError as error:
             raise SandboxError(f"{command[0]}: {error}") from None
-        self.fresh = True
+        self.spent = False  # it cannot take another program
         try:
             if self.receive(time.monotonic() + _START_S)[:1] != b"R":
                 raise _Gone
@@ -210,7 +210,7 @@ class _Jail:
             },
             # The zygote and the monitor are two of them.
             "processes": self.cfg.processes + 2,
-            "deny": [*_DENIED, *(() if bwrap else _DENIED_MODES)],
+            "deny": list(_DENIED),
             "command": inner,
         }
         outer = [sys.executable, "-I", "-B", str(JAIL / "guard.py"), json.dumps(guard)]
@@ -234,6 +234,7 @@ class _Jail:
         # Neither of these is a program's business; Landlock hides what else there is.
         out += ["--proc", "/proc", "--dev", "/dev"]
         out += ["--size", str(self.cfg.disk_mb << 20), "--tmpfs", workdir, "--chdir", workdir]
+        out += ["--remount-ro", "/"]
         return [*out, "--"]
 
     # ------------------------------------------------------------------- frames
@@ -264,7 +265,6 @@ class _Jail:
 
     def begin(self, kind: str, source: bytes, text: bytes, seconds: float) -> None:
         """Starts a program. Raises _Gone."""
-        self.fresh = False
         limits = {
             "seconds": seconds,
             "cpu": int(seconds) + 2,
@@ -281,8 +281,10 @@ class _Jail:
             raise _Gone
         outcome = json.loads(frame[1:])
         stdout, stderr = self.receive(deadline), self.receive(deadline)
-        if self.receive(deadline) != b"D":
+        end = self.receive(deadline)
+        if end not in (b"D", b"X"):
             raise _Gone
+        self.spent = end == b"X"
         return Run(outcome["status"], outcome["code"], stdout, stderr, outcome["seconds"])
 
     def stop(self) -> None:
@@ -444,6 +446,8 @@ class Sandbox:
         )
 
     def _jail(self, role: str) -> _Jail:
+        if role in self._jails and self._jails[role].spent:
+            self.discard(self._jails[role])
         if role not in self._jails:
             self._jails[role] = _Jail(self.tier, self.cfg)
         return self._jails[role]
