@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from pr2jax.tasks.base import Problem, extract_response
+
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 WINDOW = 200_000  # characters at the end of a response in which its answer must stand
 JSON_LIMIT = 1_000_000  # characters: longer texts are not parsed as JSON
@@ -267,3 +269,14 @@ def short_answer(text: str, places: Iterable[str] = ("boxed", "tag")) -> str | N
         if found is not None:
             return found.strip()
     return None
+
+
+def stated(problem: Problem, response: str, places: Iterable[str] = ("boxed", "tag")) -> str | None:
+    """The answer by the problem's own `response_regex` where it has one, else `short_answer`.
+
+    Under a `response_regex` only what follows </think> counts too.
+    """
+    if not problem.meta.get("response_regex"):
+        return short_answer(response, places)
+    answer = after_think(response)
+    return None if answer is None else extract_response(problem, answer)

@@ -209,13 +209,18 @@ class Task:
     verifier: Callable[[Problem, str], Verdict]
     stats: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def score(self, problem: Problem, response: str) -> Verdict:
+    def score(self, problem: Problem, response: str) -> Verdict | JudgeRequest:
         """Scores in this process, without limits: for tests. Elsewhere use a VerifierPool."""
         return checked(self.verifier(problem, response))
 
 
-def checked(verdict: Verdict) -> Verdict:
-    """The verdict, or score 0 with the reason where its score is no number in [0, 1]."""
+def checked(verdict: Verdict | JudgeRequest) -> Verdict | JudgeRequest:
+    """The verdict, or score 0 with the reason where its score is no number in [0, 1].
+
+    What a judge has to decide is passed on.
+    """
+    if isinstance(verdict, JudgeRequest):
+        return verdict
     score = verdict.score
     if isinstance(score, bool) or not isinstance(score, int | float):
         return Verdict(0.0, f"verifier gave {score!r}, not a number")
@@ -313,10 +318,14 @@ def credit(problem: Problem, score: float) -> float:
     return score if score >= 1.0 else score * problem.meta.get("partial_credit", 1.0)
 
 
-def question_keys(problem: Problem) -> tuple[str, str]:
-    """What tells two problems apart: the question, whole and as shown, case and space ignored."""
+def question_keys(problem: Problem) -> tuple[str, ...]:
+    """What tells two problems apart: the question, whole and as shown, case and space ignored.
+
+    meta["same_as"] has further keys, for questions that are the same in other words.
+    """
     whole = problem.meta.get("question", problem.prompt)
-    return normalise(whole), normalise(problem.meta.get("shown", whole))
+    shown = normalise(problem.meta.get("shown", whole))
+    return (normalise(whole), shown, *problem.meta.get("same_as", ()))
 
 
 def normalise(text: str) -> str:
@@ -325,7 +334,7 @@ def normalise(text: str) -> str:
 
 
 class SeenQuestions:
-    """Questions met so far. Two problems are the same if either of their keys is."""
+    """Questions met so far. Two problems are the same if any of their keys is."""
 
     def __init__(self, problems: Iterable[Problem] = ()):
         self._keys: set[str] = set()

@@ -1,30 +1,82 @@
 """From a TaskConfig to a Task, and from a problem's `data_source` to its verifier."""
 
+import functools
 from collections.abc import Callable, Iterable
 
-from pr2jax.tasks import generated, gym, math, mixture, packaged, rows
-from pr2jax.tasks.base import MIXTURE, Problem, Task, TaskConfig, Verdict, checked
+from pr2jax.tasks import (
+    code,
+    generated,
+    gym,
+    logic,
+    math,
+    mixture,
+    packaged,
+    rows,
+    science,
+    simulation,
+    tabular,
+)
+from pr2jax.tasks.base import MIXTURE, JudgeRequest, Problem, Task, TaskConfig, Verdict, checked
+from pr2jax.tasks.tools import Tools
 
-# Chosen by the start of `data_source`: reasoning-gym's own names, then Guru's domains.
-VERIFIERS: dict[str, Callable[[Problem, str], Verdict]] = {
-    "reasoning_gym/": gym.verify,
-    "math__": math.verify,
+Scored = Verdict | JudgeRequest
+Verifier = Callable[[Problem, str, Tools], Scored]
+
+
+def _pure(verify: Callable[[Problem, str], Scored]) -> Verifier:
+    return lambda problem, response, tools: verify(problem, response)
+
+
+# Chosen by the longest of these that a `data_source` starts with: reasoning-gym's own names, then
+# Guru's domains and sets.
+VERIFIERS: dict[str, Verifier] = {
+    "reasoning_gym/": _pure(gym.verify),
+    "math__": _pure(math.verify),
+    "code__": code.verify,
+    "codegen__": code.verify,
+    "stem__": _pure(science.verify),
+    "stem_web": _pure(science.verify),
+    "science__": _pure(science.verify),
+    "zebra_puzzle_dataset": _pure(logic.verify_zebra),
+    "logic__zebra_puzzle": _pure(logic.verify_zebra),
+    "ordering_puzzle_dataset": _pure(logic.verify_ordering),
+    "logic__ordering_puzzle": _pure(logic.verify_ordering),
+    "graph_logical_dataset": _pure(logic.verify_word),
+    "logic__graph_logical": _pure(logic.verify_word),
+    "logic__arcagi": _pure(logic.verify_grid),
+    "logic__barc": _pure(logic.verify_grid),
+    "simulation__arcagi": _pure(logic.verify_grid),
+    "simulation__barc": _pure(logic.verify_grid),
+    "simulation__codeio": _pure(simulation.verify_codeio),
+    "simulation__cruxeval": simulation.verify_cruxeval,
+    "table__": _pure(tabular.verify),
+    "tabular__": _pure(tabular.verify),
 }
 
 
-def verifier_for(data_source: str) -> Callable[[Problem, str], Verdict]:
+def verifier_for(data_source: str) -> Verifier:
     """The verifier of a data source. Raises ValueError naming it where there is none."""
-    for prefix, verify in VERIFIERS.items():
-        if data_source.startswith(prefix):
-            return verify
-    raise ValueError(
-        f"no verifier for data_source {data_source!r}; there are: {', '.join(VERIFIERS)}"
-    )
+    known = [prefix for prefix in VERIFIERS if data_source.startswith(prefix)]
+    if not known:
+        raise ValueError(
+            f"no verifier for data_source {data_source!r}; there are: {', '.join(VERIFIERS)}"
+        )
+    return VERIFIERS[max(known, key=len)]
 
 
-def score(problem: Problem, response: str) -> Verdict:
-    """Scores one response here, without limits. Raises what the verifier raises."""
-    return checked(verifier_for(problem.data_source)(problem, response))
+@functools.cache
+def _own_tools() -> Tools:
+    return Tools()
+
+
+def score(problem: Problem, response: str, tools: Tools | None = None) -> Scored:
+    """Scores one response here, without limits, or says what a judge has to decide.
+
+    tools: what verifiers that run programs need; without them this process opens its own with
+    default settings. Raises what the verifier raises.
+    """
+    verify = verifier_for(problem.data_source)
+    return checked(verify(problem, response, _own_tools() if tools is None else tools))
 
 
 def build_task(cfg: TaskConfig, exclude: Iterable[Problem] = ()) -> Task:

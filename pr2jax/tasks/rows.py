@@ -1,8 +1,10 @@
 """Problems from JSONL or parquet files of the Guru schema (arXiv 2506.14965).
 
-A row has `prompt` ([{role, content}] or a string), `data_source` ("domain__name"),
-`reward_model.ground_truth`, and optionally `extra_info.index`. The SFT target is made of the
-ground truth by `answer_template`.
+A row has `prompt` ([{role, content}] or a string; where it is empty, `raw_prompt`),
+`data_source` ("domain__name"), and `reward_model.ground_truth`: a text, a number, or an object or
+list, which becomes `Problem.answer` as JSON. Of `extra_info` the keys in `_KEPT` go into the
+problem's meta, "question" as meta["judge_question"], and columns "NAME_pass_rate" as
+meta["pass_rates"]["NAME"]. The SFT target is made of the ground truth by `answer_template`.
 """
 
 import json
@@ -18,6 +20,12 @@ from pr2jax.tasks.base import Problem, TaskConfig
 
 log = logging.getLogger(__name__)
 _REPORTED = 20
+_RATE = "_pass_rate"
+# What verifiers read of `extra_info`.
+_KEPT = (
+    "index", "prefix", "original_prompt", "entry_point", "answer_type", "unit", "tolerance",
+    "choices", "code", "input", "output",
+)  # fmt: skip
 
 
 class RowError(ValueError):
@@ -58,24 +66,52 @@ def read_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | Exception]]:
 
 def parse_row(cfg: TaskConfig, ident: str, row: dict[str, Any]) -> Problem:
     """One Guru row as a Problem. Raises ValueError naming the field at fault."""
-    prompt = row.get("prompt")
-    if isinstance(prompt, str) and prompt.strip():
-        question = prompt.strip()
-    elif isinstance(prompt, list) and prompt:
-        question = render_messages(prompt)
-    else:
-        raise ValueError("prompt is neither a text nor a list of messages")
     source = row.get("data_source")
     if not isinstance(source, str) or not source:
         raise ValueError("data_source is not a text")
+    extra = row.get("extra_info")
+    extra = extra if isinstance(extra, dict) else {}
+    meta = {key: extra[key] for key in _KEPT if extra.get(key) is not None}
+    raw = row.get("raw_prompt")
+    asked = extra.get("question") or (raw if row.get("prompt") else None)
+    if isinstance(asked, str) and asked.strip():
+        meta["judge_question"] = asked.strip()
+    rates = {
+        key.removesuffix(_RATE): float(value)
+        for key, value in row.items()
+        if key.endswith(_RATE) and isinstance(value, int | float)
+    }
+    if rates:
+        meta["pass_rates"] = rates
+    return base.finish_problem(cfg, ident, _question(row), _truth(row), source, meta)
+
+
+def _question(row: dict[str, Any]) -> str:
+    """The text of `prompt`, or of `raw_prompt` where that is empty, as for base models."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, list) and prompt:
+        return render_messages(prompt)
+    for text in (prompt, row.get("raw_prompt")):
+        if isinstance(text, str) and text.strip():
+            return text.strip()
+    raise ValueError("prompt is neither a text nor a list of messages")
+
+
+def _truth(row: dict[str, Any]) -> str:
+    """The ground truth as text; objects and lists as JSON, without the keys that are None."""
     reward = row.get("reward_model")
     truth = reward.get("ground_truth") if isinstance(reward, dict) else None
+    if isinstance(truth, dict):
+        # A parquet column of objects gives each row the keys of all.
+        truth = {key: value for key, value in truth.items() if value is not None}
+    if isinstance(truth, dict | list) and truth:
+        try:
+            return json.dumps(truth, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"reward_model.ground_truth is no JSON data ({error})") from None
     if isinstance(truth, bool) or not isinstance(truth, str | int | float) or truth == "":
         raise ValueError(f"reward_model.ground_truth is {truth!r}")
-    extra = row.get("extra_info")
-    index = extra.get("index") if isinstance(extra, dict) else None
-    meta = {} if index is None else {"index": index}
-    return base.finish_problem(cfg, ident, question, str(truth), source, meta)
+    return str(truth)
 
 
 def load_problems(

@@ -180,8 +180,8 @@ def test_a_score_that_is_none_is_zero(value):
 
 
 def test_unknown_domain_is_named():
-    with pytest.raises(ValueError, match="'codegen__taco'"):
-        verifier_for("codegen__taco")
+    with pytest.raises(ValueError, match="'chess__taco'"):
+        verifier_for("chess__taco")
     with pytest.raises(ValueError, match="'chess'"):
         score(Problem("1", "?", "!", "chess"), "!")
 

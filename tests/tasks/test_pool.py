@@ -104,10 +104,10 @@ def test_gym_and_math_through_the_pool():
     with VerifierPool(2, timeout_s=3) as pool:
         items = [(p, p.answer) for p in task.train] + [(task.train[0], "x")]
         items += [(math, r"\boxed{0.5}"), (math, r"\boxed{2}"), (math, r"\boxed{9^{9^{9^{9}}}}")]
-        items += [(Problem("u", "?", "1", "codegen__taco"), "1")]
+        items += [(Problem("u", "?", "1", "chess__taco"), "1")]
         verdicts = pool.score_batch(items)
         assert [v.score for v in verdicts] == [1, 1, 1, 1, 0, 1, 0, 0, 0]
-        assert "codegen__taco" in verdicts[-1].reason
+        assert "chess__taco" in verdicts[-1].reason
         assert pool.stats["errors"] == 1
     with pytest.raises(ValueError, match="closed"):
         pool.score_batch(items)
