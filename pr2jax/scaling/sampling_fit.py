@@ -259,13 +259,15 @@ def _peak(x: Float[np.ndarray, " K"], y: Float[np.ndarray, " K"], best: float) -
 
 
 def _span(runs: Sequence[SweepRun]) -> tuple[float, float]:
-    """log10 C over which every n was measured."""
-    by_n: dict[int, list[SweepRun]] = {}
+    """log10 C from every n's second evaluation (what one alone says is a curve's slope less than
+    its noise) to the last budget that every n reached."""
+    by_n: dict[int, list[np.ndarray]] = {}
     for run in runs:
-        by_n.setdefault(run.n, []).append(run)
-    first = max(min(r.compute[r.compute > 0].min() for r in group) for group in by_n.values())
-    last = min(max(r.compute.max() for r in group) for group in by_n.values())
-    return float(np.log10(first)), float(np.log10(last))
+        by_n.setdefault(run.n, []).append(run.compute[run.compute > 0])
+    seen = [np.unique(np.concatenate(parts)) for parts in by_n.values()]
+    if min(map(len, seen)) < 2:
+        return 0.0, 0.0
+    return float(np.log10(max(c[1] for c in seen))), float(np.log10(min(c[-1] for c in seen)))
 
 
 def fit_law(found: Envelope, near: SamplingLaw | None = None) -> SamplingLaw:
@@ -346,7 +348,8 @@ def check_runs(runs: Sequence[SweepRun]) -> None:
         points = len(_pooled([r for r in runs if r.n == n], records=False)[0])
         if points < MIN_POINTS:
             raise ConfigError(f"runs: n={n} has {points} evaluations in all; {MIN_POINTS} needed")
-    if not np.isfinite(_span(runs)).all() or np.ptp(_span(runs)) <= 0:
+    low, high = _span(runs)
+    if not high > low:
         raise ConfigError("runs: there is no range of compute over which every n was evaluated")
     gains = []
     for run in runs:
