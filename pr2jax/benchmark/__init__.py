@@ -7,6 +7,7 @@
   python -m pr2jax.benchmark experts                        step time by the number of experts
   python -m pr2jax.benchmark divergence                     how often programs of the sampler part
   python -m pr2jax.benchmark peaks  [--peer=torch]          what the machine multiplies
+  python -m pr2jax.benchmark curate [--rows=100000]         what curation finds, and its cost
 
 Each side is a process of its own (`serve.py`), kept alive, and told when to work: ours, peer,
 ours, peer, ..., never two at once, so that a machine that slows down slows both. The peer runs in
@@ -47,4 +48,8 @@ of divergence: `programs[]` {program, dtype, rows, diverged, tokens, rate} (samp
 
 of peaks: `rates[]` {library, shape, dims, dtype, flops_per_second} and `memory[]` {library,
 bytes_per_second} (read + write of a block in place).
+
+of curate: `curation` {rows, input_bytes, planted {KIND: {planted, found, dropped_otherwise}},
+fresh_dropped, false_hits {clean, leaked_but_not_planted}, dropped {REASON: rows}, near, seconds,
+stages {NAME: seconds}, rows_per_second, peak_rss_bytes, prepare_peak_rss_bytes}.
 """

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pr2jax.benchmark import commands, machine
+from pr2jax.benchmark import commands, curation, machine
 from pr2jax.benchmark import experts as pools
 from pr2jax.benchmark.commands import Options
 from pr2jax.benchmark.sides import BenchmarkError
@@ -31,7 +31,10 @@ COMMANDS: dict[str, tuple[Callable[[Options], tuple[dict, str]], tuple[str, ...]
     "experts": (pools.experts, (), ("batch", "length")),
     "divergence": (commands.divergence, (), _DECODE),
     "peaks": (commands.peaks, ("torch",), ()),
+    "curate": (curation.curate, (), ("rows",)),
 }
+# Sizes that are not FULL's, and the smoke form's.
+OWN_SIZES = {"curate": ({"rows": 100_000}, {"rows": 2_000})}
 _TIMED = ("train", "decode", "grpo", "pr2", "experts")
 
 
@@ -47,13 +50,16 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--peer_python", help="its Python (PR2JAX_REFERENCE_PYTHON)")
             sub.add_argument("--cache", type=Path, help="folder of random checkpoints")
         for size in sizes:
-            sub.add_argument(f"--{size}", type=int, help=f"default {getattr(FULL, size)}")
-        sub.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
-        sub.add_argument("--repeats", type=int, default=5, help="rounds (peaks: tries)")
+            default = OWN_SIZES.get(name, ({}, {}))[0].get(size, getattr(FULL, size))
+            sub.add_argument(f"--{size}", type=int, help=f"default {default}")
+        if name != "curate":
+            sub.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+        rounds = 1 if name == "curate" else 5
+        sub.add_argument("--repeats", type=int, default=rounds, help="rounds (peaks: tries)")
         if name in _TIMED:
             sub.add_argument("--steps", type=int, default=1, help="steps of a side in a round")
             sub.add_argument("--profile", type=Path, help="trace one more round of ours into it")
-        if name != "peaks":
+        if name not in ("peaks", "curate"):
             sub.add_argument("--set", action="append", default=[], metavar="model.KEY=VALUE")
         sub.add_argument("--compilation_cache", default="off", help="folder; default: off")
         sub.add_argument("--json", type=Path, help="file for the figures")
@@ -67,7 +73,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
     given = vars(arguments)
     fields = {f.name for f in dataclasses.fields(FULL)}
     asked = {k: v for k, v in given.items() if k in fields and v is not None}
-    sizes = dataclasses.replace(SMOKE if arguments.smoke else FULL, **asked)
+    own = OWN_SIZES.get(arguments.command, ({}, {}))[arguments.smoke]
+    sizes = dataclasses.replace(SMOKE if arguments.smoke else FULL, **(own | asked))
     sizes.validate()
     for key in ("repeats", "steps"):
         if given.get(key, 1) < 1:
@@ -83,7 +90,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         smoke=arguments.smoke,
         peer=given.get("peer"),
         peer_python=given.get("peer_python"),
-        dtype=arguments.dtype,
+        dtype=given.get("dtype", "auto"),
         repeats=arguments.repeats,
         steps=given.get("steps", 1),
         overrides=overrides,

@@ -238,11 +238,14 @@ class Near:
     ):
         self._groups, self._threshold, self._crowd = groups, threshold, crowd
         self._shingles = functools.lru_cache(maxsize=4096)(shingles_of)
+        self._alone = (groups < 0).all(axis=0)
         self._members: list[dict[int, list[int]]] = [{} for _ in groups]
         self.compared = self.skipped = 0
 
     def find(self, row: int) -> tuple[int, float]:
         """(the most similar earlier question, its similarity), or (-1, 0.0)."""
+        if self._alone[row]:
+            return -1, 0.0
         candidates: set[int] = set()
         for members, group in zip(self._members, self._groups[:, row].tolist(), strict=True):
             there = members.get(group, ())
@@ -260,6 +263,8 @@ class Near:
 
     def add(self, row: int) -> None:
         """`row` stays: later ones are compared with it."""
+        if self._alone[row]:
+            return
         for members, group in zip(self._members, self._groups[:, row].tolist(), strict=True):
             if group >= 0:
                 members.setdefault(group, []).append(row)

@@ -56,7 +56,9 @@ class CurateConfig:
       ngram: consecutive words that are such a share.
       short_words: an item of fewer than `ngram` words must stand in a row as a whole; one of
         fewer than this must be the whole row.
-      common_items: word sequences in more items of one set than this are its wording, not leaks.
+      common_items: word sequences in more items of one set than this are its wording, not leaks
+        (tasks/contamination.py).
+      common_rows: word sequences in more rows than this are wording, too.
       leak_share: share of an item's word sequences that must be in a row, besides at least one.
       difficulty: "columns" reads pass rates that the rows bring, "models" measures them.
       weak, strong: the models, as `init_from`; either may be left out.
@@ -84,6 +86,7 @@ class CurateConfig:
     ngram: int = 13
     short_words: int = 8
     common_items: int = 10
+    common_rows: int = 100
     leak_share: float = 0.0
     difficulty: Difficulty = "none"
     weak: str = ""
@@ -117,7 +120,7 @@ class CurateConfig:
             raise ConfigError(f"near_recall: must lie between 0 and 1, got {self.near_recall}")
         for key in (
             *("contain_min_chars", "near_shingle", "near_permutations", "near_bucket", "ngram"),
-            *("short_words", "common_items", "samples", "shard_rows", "batch"),
+            *("short_words", "common_items", "common_rows", "samples", "shard_rows", "batch"),
         ):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}: must be at least 1, got {getattr(self, key)}")
@@ -190,25 +193,26 @@ def is_word(token: str) -> bool:
 
 
 class TokenCodes:
-    """64-bit codes of tokens, the same in every process; the lowest bit says "word"."""
+    """32-bit codes of tokens, the same in every process; the lowest bit says "word".
+
+    Two of 10^5 words that share a code are likely: what is found by codes is to be confirmed.
+    """
 
     def __init__(self, limit: int = 1 << 18):
-        self._codes: dict[str, int] = {}
-        self._limit = limit
+        self._codes, self._limit = _Codes(), limit
 
     def __call__(self, tokens: list[str]) -> UInt64[np.ndarray, " N"]:
         """The codes of `tokens`."""
-        codes = self._codes
-        if len(codes) > self._limit:  # forgotten, not wrong: a code is made anew
-            codes.clear()
-        found = []
-        for token in tokens:
-            code = codes.get(token)
-            if code is None:
-                digest = hashlib.blake2b(token.encode(), digest_size=8).digest()
-                code = codes[token] = int.from_bytes(digest, "little") & ~1 | is_word(token)
-            found.append(code)
-        return np.array(found, np.uint64)
+        if len(self._codes) > self._limit:  # forgotten, not wrong: a code is made anew
+            self._codes.clear()
+        return np.fromiter(map(self._codes.__getitem__, tokens), np.uint64, len(tokens))
+
+
+class _Codes(dict[str, int]):
+    def __missing__(self, token: str) -> int:
+        digest = hashlib.blake2b(token.encode(), digest_size=4).digest()
+        code = self[token] = int.from_bytes(digest, "little") & ~1 | is_word(token)
+        return code
 
 
 def words_only(codes: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " W"]:

@@ -73,7 +73,7 @@ def run_curate(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
     stages.drop_same(index)
     contained = stages.drop_contained(curate, index, texts, root, read)
     near, compared = stages.drop_near(curate, index, texts, read, root, contained)
-    leaks, looked_for = stages.drop_leaks(curate, index, texts, root, near)
+    leaks, looked_for = stages.drop_leaks(curate, index, texts, read, root, near)
     last = _difficulty(cfg, inputs, index, root, leaks)
 
     written = _write_data(cfg, inputs, index, kind, root, last)

@@ -121,10 +121,10 @@ def _leaks(cfg: Config, summary: dict[str, Any], examples: list[dict[str, Any]])
         f"A row that has {curate.ngram} words in a run in common with an item; all words of an "
         f"item of {curate.short_words} to {curate.ngram - 1}; or exactly the words of one.",
         sets,
-        f"Not counted: {looked['common_sequences']:,} sequences that more than "
-        f"{curate.common_items} items of a set share, and {looked['cell_sequences']:,} that are "
-        f"mostly single digits; {looked['unspecific_items']:,} items have nothing else, and are "
-        "found only whole.",
+        f"Not counted: {looked['common_sequences']:,} sequences that are mostly wording, of "
+        f"their set or of many rows, and {looked['cell_sequences']:,} that are mostly single "
+        f"digits; {looked['unspecific_items']:,} items have nothing else: they are found only "
+        "whole.",
         f"{len(examples):,} of {looked['hits']:,} shown; contamination.jsonl has all.",
     ]
     lines = [

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pr2jax.core.config import ConfigError
-from pr2jax.core.metrics import replacing, write_json
+from pr2jax.core.metrics import Progress, replacing, write_json
 from pr2jax.tasks import columns, dedup, filters
 from pr2jax.tasks.base import TaskConfig, domain_of
 from pr2jax.tasks.contamination import Item, Leaks
@@ -55,6 +55,7 @@ class _Part:
     rows: list[tuple[int, int, int, int, float, float]] = dataclasses.field(default_factory=list)
     texts: list[bytes] = dataclasses.field(default_factory=list)
     chars: list[int] = dataclasses.field(default_factory=list)
+    codes: list[np.ndarray] = dataclasses.field(default_factory=list)
     shingles: list[np.ndarray] = dataclasses.field(default_factory=list)
     salts: list[int] = dataclasses.field(default_factory=list)
     digests: list[bytes] = dataclasses.field(default_factory=list)
@@ -118,8 +119,10 @@ def _take(
     part.chars.append(len(text))
     part.digests.append(filters.digest(data))
     part.kind = columns.merge(part.kind, columns.kind_of(guru(row)))
+    codes = code(filters.tokens(text))
+    part.codes.append(codes.astype(np.uint32))
     if cfg.near:
-        part.shingles.append(filters.shingles(code(filters.tokens(text)), cfg.near_shingle))
+        part.shingles.append(filters.shingles(codes, cfg.near_shingle))
         part.salts.append(filters.numbers_key(text) if cfg.near_numbers else 0)
 
 
@@ -131,6 +134,8 @@ def _source(row: dict[str, Any] | Exception) -> str:
 def _write(stage: Stage, k: int, part: _Part, cfg: CurateConfig) -> None:
     with replacing(stage.path(k, "txt")) as file:
         file.writelines(text + b"\n" for text in part.texts)
+    with replacing(stage.path(k, "codes")) as file:
+        file.writelines(codes.tobytes() for codes in part.codes)
     write_json(
         stage.path(k, "json"),
         {"categories": list(part.categories), "kind": part.kind, "malformed": part.malformed},
@@ -142,6 +147,7 @@ def _write(stage: Stage, k: int, part: _Part, cfg: CurateConfig) -> None:
         codes = dedup.band_codes(part.shingles, np.array(part.salts, np.uint64), *shape)
         # A column each, so that they can be read one at a time.
         stage.save(f"bands-{k:05d}", **{f"band_{b}": codes[:, b] for b in range(shape[0])})
+    stage.save(f"codes-{k:05d}", counts=np.array([len(codes) for codes in part.codes], np.int64))
     stage.save(
         k,
         places=places,
@@ -372,11 +378,29 @@ def _items(name: str, key: str, compare: Comparable) -> Iterator[Item]:
         yield Item(name, problem.id, question, compare(question))
 
 
+def _codes(read: Stage, part: int) -> list[np.ndarray]:
+    """The token codes of all rows of a part."""
+    counts = read.array(f"codes-{part:05d}", "counts")
+    flat = np.fromfile(read.path(part, "codes"), np.uint32).astype(np.uint64)
+    return np.split(flat, np.cumsum(counts)[:-1])
+
+
+def _rows_left(index: Index, read: Stage) -> Iterator[np.ndarray]:
+    """The token codes of every row that is left, with a line of progress."""
+    progress = Progress("wording", index.parts)
+    for k in range(index.parts):
+        codes = _codes(read, k)
+        for row in (index.alive(k) - index.part_starts[k]).tolist():
+            yield codes[row]
+        progress.update(k + 1, {})
+    progress.close()
+
+
 def drop_leaks(
-    cfg: CurateConfig, index: Index, texts: Texts, root: Path, before: Stage
+    cfg: CurateConfig, index: Index, texts: Texts, read: Stage, root: Path, before: Stage
 ) -> tuple[Stage, dict[str, Any]]:
     """Rows that share text with an evaluation item go; what was looked for."""
-    keys = ("against", "ngram", "short_words", "common_items", "leak_share")
+    keys = ("against", "ngram", "short_words", "common_items", "common_rows", "leak_share")
     settings = {key: getattr(cfg, key) for key in keys}
     settings["files"] = [file_stamp(name) for name in cfg.against if os.path.isfile(name)]
     stage = Stage(root, "contamination", settings, before.key)
@@ -386,7 +410,7 @@ def drop_leaks(
     if not stage.has("looked_for", "json") or not all(
         stage.has(k, "jsonl") for k in range(index.parts)
     ):
-        leaks = Leaks(evaluation_items(cfg), cfg)
+        leaks = Leaks(evaluation_items(cfg), cfg, _rows_left(index, read))
         sets = dict.fromkeys(cfg.against, 0)
         for item in leaks.items:
             sets[item.source] += 1
@@ -395,9 +419,9 @@ def drop_leaks(
         write_json(stage.path("looked_for", "json"), figures)
         for k in stage.todo(range(index.parts), "contamination", "jsonl"):
             lines = []
-            low, data = int(index.part_starts[k]), texts.part(k)
+            low, data, codes = int(index.part_starts[k]), texts.part(k), _codes(read, k)
             for row in index.alive(k).tolist():
-                for leak in leaks.find(data[row - low].decode()):
+                for leak in leaks.find(data[row - low].decode(), codes[row - low]):
                     lines.append(json.dumps({"row": row} | leak.to_json(), ensure_ascii=False))
             with replacing(stage.path(k, "jsonl")) as file:
                 file.write("".join(line + "\n" for line in lines).encode())
