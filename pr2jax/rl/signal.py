@@ -1,7 +1,7 @@
 """What a scored rollout teaches: advantages, the rows and tokens to learn from, and their counts.
 
-The verifier's score decides which groups carry a signal; what is added to it for length only
-shapes the advantages.
+The verifier's score decides which groups carry a signal; what is added to it for format and length
+only shapes the advantages.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def learning_signal(
     silent = zero_variance(rewards, ids)
     keep = given & (~silent | (not cfg.filter_zero_variance))
     mask, metrics = rollout.loss_mask, {"kept_groups": share(~silent)}
+    if rollout.bonus is not None:
+        rewards = rewards + np.asarray(rollout.bonus, np.float64)
     if cfg.overlong_buffer:
         lengths = rollout.lengths - rollout.prompt_lengths
         penalty = overlong_penalty(lengths, cfg.sampling.max_tokens, cfg.overlong_buffer)

@@ -16,6 +16,7 @@ from pr2jax.models.predictor import RouterFeatures
 from pr2jax.rl.advantages import Estimator
 from pr2jax.rl.losses import Aggregation, KLEstimator, Level
 from pr2jax.sampler.types import SamplingParams
+from pr2jax.tasks.rewards import RewardTerm
 
 # The optimizer group of W_p: its own learning rate and clip norm, no weight decay, and a gate.
 PREDICTOR_GROUP = "predictor"
@@ -80,6 +81,8 @@ class RLConfig:
       max_skipped_in_row: non-finite steps in a row that stop the run.
       length_bucket: rows are padded to a multiple of this many tokens.
       eval_every: rollout batches between held-out evaluations (0: only at the end).
+      rewards: terms by name that are added to the verifier's score, weight times term, where
+        advantages are taken (tasks/rewards.py): the form of a response, its length.
       sampling: how rollouts are drawn; the learner takes its log-probs at the same temperature.
       optim: policy optimizer; modes with a predictor need a group named "predictor".
     """
@@ -117,6 +120,7 @@ class RLConfig:
     max_skipped_in_row: int = 5
     length_bucket: int = 32
     eval_every: int = 20
+    rewards: dict[str, RewardTerm] = dataclasses.field(default_factory=dict)
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     optim: OptimConfig = dataclasses.field(
         default_factory=lambda: OptimConfig(

@@ -118,6 +118,7 @@ class Rollout:
       policy_version: version of the policy that sampled each token; -1 on the prompt.
       finish: FINISH_LENGTH or FINISH_STOP.
       rewards: score of the response in [0, 1]; 0 until scored.
+      bonus: what named reward terms add to the score (format, length); None without any.
       reasons: the verifier's reason, a row each; empty until scored.
       sampling: how the tokens were drawn.
     """
@@ -133,5 +134,6 @@ class Rollout:
     policy_version: Int[np.ndarray, "B T"]
     finish: Int[np.ndarray, " B"]
     rewards: Float[np.ndarray, " B"]
+    bonus: Float[np.ndarray, " B"] | None = None
     reasons: tuple[str, ...] = struct.field(pytree_node=False, default=())
     sampling: SamplingParams = struct.field(pytree_node=False, default=SamplingParams())

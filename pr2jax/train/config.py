@@ -22,6 +22,7 @@ from pr2jax.tasks.base import TaskConfig
 from pr2jax.tasks.filters import CurateConfig
 from pr2jax.train.study_config import CellConfig as CellConfig  # configs name it from here
 from pr2jax.train.study_config import GenerateConfig, PlanConfig, RegimeConfig, StudyConfig
+from pr2jax.train.verifier_config import VerifierConfig
 
 Mode = Literal[
     "sft",
@@ -157,21 +158,6 @@ class EvalConfig:
         for key in ("quick_problems", "transcripts"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key}: must be >= 0, got {getattr(self, key)}")
-
-
-@dataclass(frozen=True)
-class VerifierConfig:
-    """Worker processes that score responses, and their limits for one response."""
-
-    workers: int = 2
-    timeout_s: float = 5.0
-    memory_mb: int = 2048
-
-    def validate(self) -> None:
-        """Raises ConfigError("key: why")."""
-        for key in ("workers", "timeout_s", "memory_mb"):
-            if getattr(self, key) <= 0:
-                raise ConfigError(f"{key}: must be above 0, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ from pr2jax.models.predictor import RouterFeatures
 from pr2jax.replay.modes import lookahead_shift, plan, selection_shift
 from pr2jax.replay.routes import save_routes
 from pr2jax.sampler.types import Rollout
-from pr2jax.tasks.base import Problem
+from pr2jax.tasks.base import Problem, domain_of
 from pr2jax.train.journal import Journal, pack, unpack
-from pr2jax.train.rounds import Round, failures, select, signals, totals
+from pr2jax.train.rounds import Round, failures, reward_terms, select, signals, totals
 from pr2jax.train.session import Session
 
 log = logging.getLogger("pr2jax")
@@ -76,11 +76,13 @@ class RolloutSource:
     """Rollout batches in order, scored.
 
     Metrics of a batch, over all that was sampled: `reward` (mean score), `solved` (share of full
-    scores), `response_length`, `stopped` (share that ended by itself), `verifier_failures`,
-    `time/sample`, `time/verify`; with dynamic sampling `dynamic/refills` (rounds after the
-    first), `dynamic/yield` (share of sampled groups with a signal), `dynamic/filtered`,
-    `dynamic/surplus` and `dynamic/missing` (groups passed over, dropped, and not found); with a
-    journal `journal/replayed` (1: nothing was sampled or graded) and `journal/bytes`.
+    scores), both also by domain (`reward/DOMAIN`) where there are several; `term/NAME` (mean of a
+    reward term, before its weight), `response_length`, `stopped` (share that ended by itself),
+    `verifier_failures`, `time/sample`, `time/verify`; with dynamic sampling `dynamic/refills`
+    (rounds after the first), `dynamic/yield` (share of sampled groups with a signal),
+    `dynamic/filtered`, `dynamic/surplus` and `dynamic/missing` (groups passed over, dropped, and
+    not found); with a journal `journal/replayed` (1: nothing was sampled or graded) and
+    `journal/bytes`.
     """
 
     def __init__(self, session: Session, problems: list[Problem], optim: OptimConfig):
@@ -97,6 +99,7 @@ class RolloutSource:
                 f"rl.prompts_per_batch={cfg.rl.prompts_per_batch}"
             )
         self.prompts = [session.encode(p) for p in problems]
+        self.domains = [domain_of(p) for p in problems]
         self.order = BatchOrder(len(problems), 1, cfg.seed)
         self.position = 0
         self.journal: Journal | None = None
@@ -229,16 +232,19 @@ class RolloutSource:
         sampled, pool = time.monotonic(), self.session.pool
         before = failures(pool)
         problems = [self.problems[i] for i in items]
-        scored, _ = score_rollout(
+        scored, texts = score_rollout(
             rollout, problems, cfg.samples_per_prompt, self.session.tokenizer, pool
         )
+        bonus, terms = reward_terms(cfg.rewards, scored, texts)
         return Round(
-            scored,
+            scored.replace(bonus=bonus),
             features,
             items,
             failures(pool) - before,
             sampled - began,
             time.monotonic() - sampled,
+            terms,
+            [self.domains[i] for i in items] if len(set(self.domains)) > 1 else [],
         )
 
     def _save_routes(self, found: Gathered, index: int) -> None:

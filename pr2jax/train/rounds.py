@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from pr2jax.models.predictor import RouterFeatures
 from pr2jax.rl.advantages import zero_variance
 from pr2jax.sampler.types import FINISH_STOP, Rollout
 from pr2jax.tasks.pool import VerifierPool
+from pr2jax.tasks.rewards import RewardTerm, term_value
 
 
 @dataclasses.dataclass
 class Round:
-    """What one call of the sampler gave, scored; `items` are the problems, one a group."""
+    """What one call of the sampler gave, scored; `items` are the problems, one a group.
+
+    terms: values of the named reward terms, a row each. domains: of the items, where figures are
+    wanted by domain.
+    """
 
     rollout: Rollout
     features: RouterFeatures | None
@@ -24,6 +30,8 @@ class Round:
     failures: int
     sample_s: float
     verify_s: float
+    terms: dict[str, Float[np.ndarray, " B"]] = dataclasses.field(default_factory=dict)
+    domains: list[str] = dataclasses.field(default_factory=list)
 
 
 def signals(rounds: list[Round]) -> Bool[np.ndarray, " G"]:
@@ -69,6 +77,21 @@ def select(
     return rollout, features
 
 
+def reward_terms(
+    terms: Mapping[str, RewardTerm], rollout: Rollout, texts: Sequence[str]
+) -> tuple[Float[np.ndarray, " B"] | None, dict[str, Float[np.ndarray, " B"]]]:
+    """(what the terms add to each row's score, each term by name); (None, {}) without terms."""
+    lengths = (rollout.lengths - rollout.prompt_lengths).tolist()
+    values = {
+        name: np.array([term_value(term, *row) for row in zip(texts, lengths, strict=True)])
+        for name, term in terms.items()
+    }
+    if not values:
+        return None, {}
+    total = sum(terms[name].weight * value for name, value in values.items())
+    return total.astype(np.float32), values
+
+
 def failures(pool: VerifierPool) -> int:
     """Responses so far that a verifier could not judge within its limits."""
     return sum(pool.stats[kind] for kind in ("timeouts", "crashes", "memory", "errors"))
@@ -78,7 +101,11 @@ def totals(rounds: list[Round]) -> dict[str, float]:
     """Plain figures over all that the rounds sampled; times are seconds (`RolloutSource`)."""
     each = [r.rollout for r in rounds]
     rewards = np.concatenate([r.rewards for r in each])
-    return {
+    return by_domain(rounds, rewards) | {
+        **{
+            f"term/{name}": np.concatenate([r.terms[name] for r in rounds]).mean()
+            for name in rounds[0].terms
+        },
         "reward": rewards.mean(),
         "solved": (rewards >= 1.0).mean(),
         "response_length": np.concatenate([r.lengths - r.prompt_lengths for r in each]).mean(),
@@ -87,3 +114,16 @@ def totals(rounds: list[Round]) -> dict[str, float]:
         "time/sample": sum(r.sample_s for r in rounds),
         "time/verify": sum(r.verify_s for r in rounds),
     }
+
+
+def by_domain(rounds: list[Round], rewards: Float[np.ndarray, " B"]) -> dict[str, float]:
+    """`reward/DOMAIN` and `solved/DOMAIN` of the domains that were sampled."""
+    domains = np.array([d for r in rounds for d in r.domains])
+    if not len(domains):
+        return {}
+    rows = np.repeat(domains, len(rewards) // len(domains))
+    out = {}
+    for domain in np.unique(domains):
+        own = rewards[rows == domain]
+        out |= {f"reward/{domain}": own.mean(), f"solved/{domain}": (own >= 1.0).mean()}
+    return out

@@ -41,9 +41,11 @@ from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.flops import active_params
 from pr2jax.models.importers import hf
 from pr2jax.models.transformer import param_specs
-from pr2jax.models.upcycling import upcycle, upcycled_config
+from pr2jax.models.upcycling import UpcycleConfig, upcycle, upcycled_config
 from pr2jax.sampler.engine import Sampler
+from pr2jax.sampler.types import SamplingParams
 from pr2jax.tasks.base import Problem
+from pr2jax.tasks.judge import EndpointJudge, Judge, JudgeConfig, JudgeError, PromptJudge
 from pr2jax.tasks.pool import VerifierPool
 from pr2jax.train.config import Config, with_vocab_size
 from pr2jax.train.loop import CHECKPOINTS
@@ -83,7 +85,63 @@ class Session:
     def pool(self) -> VerifierPool:
         """The verifiers' worker processes, started on first use."""
         v = self.cfg.verifier
-        return VerifierPool(workers=v.workers, timeout_s=v.timeout_s, memory_mb=v.memory_mb)
+        return VerifierPool(
+            workers=v.workers,
+            timeout_s=v.timeout_s,
+            memory_mb=v.memory_mb,
+            sandbox=v.sandbox,
+            judge=self.judge,
+        )
+
+    @functools.cached_property
+    def judge(self) -> Judge | None:
+        """The model judge, if one is configured."""
+        judge = self.cfg.verifier.judge
+        if judge.kind == "endpoint":
+            return EndpointJudge(judge)
+        return PromptJudge(judge, self._ask_own) if judge.kind == "sampler" else None
+
+    def _ask_own(self, prompts: list[str]) -> list[str]:
+        """Replies of the judge's own model, sampled here."""
+        v, session = self.cfg.verifier, self._judge_session
+        greedy = v.judge.temperature == 0
+        sampling = SamplingParams(
+            max_tokens=v.judge.max_tokens,
+            greedy=greedy,
+            temperature=1.0 if greedy else v.judge.temperature,
+        )
+        ids = []
+        for prompt in prompts:
+            chat = ({"role": "user", "content": prompt},)
+            ids.append(encode_prompt(session.tokenizer, chat if session.tokenizer.chat else prompt))
+            if len(ids[-1]) > v.judge_sampler.max_prompt:
+                raise JudgeError(
+                    f"verifier.judge_sampler.max_prompt: {v.judge_sampler.max_prompt} tokens, but "
+                    f"a judge's prompt has {len(ids[-1])}; lower verifier.judge.max_chars"
+                )
+        replies = session.sampler.generate(ids, sampling, params=session.judging_params)
+        return [reply[0].text for reply in replies]
+
+    @functools.cached_property
+    def _judge_session(self) -> Session:
+        v = self.cfg.verifier
+        quiet = dataclasses.replace(v, judge=JudgeConfig(), judge_from="")
+        cfg = dataclasses.replace(
+            self.cfg,
+            mode="generate",
+            init_from=v.judge_from,
+            upcycle=UpcycleConfig(),
+            tokenizer=TokenizerConfig(),
+            sampler=v.judge_sampler,
+            verifier=quiet,
+        )
+        log.info("judge: %s", v.judge_from)
+        return open_session(cfg, self.workdir / "judge")
+
+    @functools.cached_property
+    def judging_params(self) -> Tree:
+        """Parameters of a judge's session: loaded once, never trained."""
+        return self.initial_params()
 
     @property
     def samples(self) -> bool:
