@@ -11,7 +11,7 @@ from pr2jax.data.tokenizer import Tokenizer, encode_prompt
 from pr2jax.evaluation import passk
 from pr2jax.evaluation.passk import Interval
 from pr2jax.sampler.types import FINISH_LENGTH, FINISH_STOP, Rollout, SamplingParams
-from pr2jax.tasks.base import Problem, Verdict
+from pr2jax.tasks.base import Problem, Verdict, domain_of
 
 
 class Scorer(Protocol):
@@ -32,9 +32,10 @@ class Sample:
     reasons: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able row: id, prompt, answer, responses, scores, reasons."""
+        """JSON-able row: id, domain, prompt, answer, responses, scores, reasons."""
         return {
             "id": self.problem.id,
+            "domain": domain_of(self.problem),
             "prompt": self.problem.prompt,
             "answer": self.problem.answer,
             "responses": list(self.responses),

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pr2jax.core.metrics import read_jsonl
 from pr2jax.core.plots import curve, heatmap
 from pr2jax.evaluation import report as page
-from pr2jax.evaluation.passk import Interval
+from pr2jax.evaluation.passk import PASS_SCORE, Interval, bootstrap_interval
 from pr2jax.evaluation.report import Section, Tile
 from pr2jax.evaluation.runner import Sample
 from pr2jax.tasks.base import Problem
@@ -52,6 +54,8 @@ def _outcome_section(evaluations: Mapping[str, Evaluation]) -> Section:
     passes = [n for n in names if n.startswith("pass@")]
     bars = [(f"{n}, {stage}", _interval(m[n])) for n in passes for stage, m in metrics.items()]
     rows = [[n, *(_interval(m[n]) for m in metrics.values())] for n in names]
+    domains = by_domain(evaluations)
+    tables = [page.table(["pass@1 in", *metrics], domains)] if len(domains) > 1 else []
     return Section(
         "What it reached",
         [
@@ -59,8 +63,20 @@ def _outcome_section(evaluations: Mapping[str, Evaluation]) -> Section:
             "bootstrap intervals over problems.",
             page.intervals(bars),
             page.table(["", *metrics], rows),
+            *tables,
         ],
     )
+
+
+def by_domain(evaluations: Mapping[str, Evaluation]) -> list[list[Any]]:
+    """A row for each domain: its name, and pass@1 in every evaluation."""
+    names = sorted({r.get("domain", "other") for e in evaluations.values() for r in e["samples"]})
+    return [[name, *(_pass_1(e, name) for e in evaluations.values())] for name in names]
+
+
+def _pass_1(evaluation: Evaluation, domain: str) -> Interval:
+    own = [r["scores"] for r in evaluation["samples"] if r.get("domain", "other") == domain]
+    return bootstrap_interval((np.array(own) >= PASS_SCORE).mean(axis=1))
 
 
 def _learning_section(rl: Rows, sft: Rows, mini_steps: int) -> Section:
@@ -81,6 +97,11 @@ def _learning_section(rl: Rows, sft: Rows, mini_steps: int) -> Section:
             "Share of prompts whose samples did not all score the same.",
         ),
     ]
+    domains = sorted({k for row in rl for k in row if k.startswith("reward/")})
+    if domains:
+        series = {key.removeprefix("reward/"): key for key in domains}
+        picture = curve(rl, series, smooth=0.9, title="reward by domain")
+        items.insert(1, (picture, "Mean score of each domain's rollouts."))
     if sft:
         items.append((curve(sft, "loss", smooth=0.8, title="SFT loss", ylabel="nats"), "Warm-up."))
     return Section("How it learned", [f"{mini_steps} mini-steps a batch.", page.figures(items)])
