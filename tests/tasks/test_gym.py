@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from pr2jax.core.config import ConfigError
-from pr2jax.tasks.base import Problem, TaskConfig, Verdict, checked
+from pr2jax.tasks import gym
+from pr2jax.tasks.base import DOMAINS, Problem, TaskConfig, Verdict, checked, domain_of
 from pr2jax.tasks.registry import build_task, score, verifier_for
 
 ONE_DIGIT = json.dumps({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
@@ -193,3 +194,52 @@ def test_building_and_scoring_import_no_jax():
         "t.score(t.train[0], '1'); sys.exit('jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", gym.EVALUATED)
+def test_answers_that_are_code_reach_no_eval(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # this test does not need the same problems
+    file = tmp_path / "made"
+    task = build_task(TaskConfig(name=f"reasoning_gym/{name}", size=1, held_out=0))
+    make = f"open({str(file)!r}, 'w')"
+    letters = "+".join(f"chr({ord(c)})" for c in make)
+    attacks = (
+        f"[{make}]",
+        f"__import__('pathlib').Path({str(file)!r}).touch()",
+        f"eval({letters})",
+        f"exec({letters})",
+        "x.__class__",
+        "9" * 5000,
+    )
+    for attack in attacks:
+        verdict = task.score(task.train[0], attack)
+        assert verdict.score == 0.0
+        assert verdict.reason.startswith("not in the form of an answer")
+    assert not file.exists()
+
+
+def test_an_integral_is_no_antiderivative():
+    # reasoning-gym itself gives 1.0 for this.
+    for name in ("simple_integration", "intermediate_integration"):
+        problem = build_task(TaskConfig(name=f"reasoning_gym/{name}", size=1, held_out=0)).train[0]
+        metadata = problem.meta["entry"]["metadata"]
+        cheat = f"Integral({metadata['integrand']}, {metadata['variable']})"
+        assert score(problem, cheat).score == 0.0
+        assert score(problem, problem.answer).score == 1.0
+
+
+def test_every_generator_has_a_domain_or_a_reason():
+    from reasoning_gym.factory import DATASETS
+
+    assert len(DATASETS) == 106
+    assert set(gym.DOMAIN) | {"composite"} == set(DATASETS)
+    assert set(gym.UNSOUND) | set(gym.EVALUATED) | set(gym.HASH_SEEDED) <= set(DATASETS)
+    assert set(gym.DOMAIN.values()) <= set(DOMAINS)
+    for name in ("chain_sum", "spell_backward", "knights_knaves"):
+        problem = build_task(TaskConfig(name=f"reasoning_gym/{name}", size=1, held_out=0)).train[0]
+        assert domain_of(problem) == gym.DOMAIN[name]
+
+
+def test_another_puzzles_numbers_do_not_count():
+    with pytest.raises(ConfigError, match="name: puzzle24 .* numbers other than the puzzle's"):
+        build_task(TaskConfig(name="reasoning_gym/puzzle24"))
