@@ -46,9 +46,10 @@ _MIXED = re.compile(r"(\d{1,30})\s(\d{1,30})\s?/\s?(\d{1,30})(?![\d.,])")
 
 # Letters first; digits only right after a letter, a ^ or their sign.
 _UNIT = re.compile(r"[^\W\d_⁰¹²³⁴-⁹][\w°'\"′″()/·*^.⁻⁰¹²³⁴-⁹ -]{0,80}|[°'\"′″][\w/]{0,9}")
+# A small n is a variable, a capital one the newton.
 _NO_UNITS = re.compile(
-    r"\b(?:or|and|nor|to|not|no|is|are|but|e|i|x|y|z|n|pi|π|sqrt|frac|log|ln|sin|cos|tan|mod|either|"
-    r"else|if|then|maybe|approximately|about|between|plus|minus|times|over|through)\b",
+    r"\b(?:or|and|nor|to|not|no|is|are|but|e|i|x|y|z|(?-i:n)|pi|π|sqrt|frac|log|ln|sin|cos|tan|mod|"
+    r"either|else|if|then|maybe|approximately|about|between|plus|minus|times|over|through)\b",
     re.IGNORECASE,
 )
 
