@@ -50,6 +50,8 @@ setup(
     extras_require={
         "tpu": [JAX.format(extra="[tpu]")],
         "cuda": [JAX.format(extra="[cuda12]")],
+        # Many packages, and torch for some tasks: an environment of its own.
+        "lm_eval": ["lm-eval"],
         "test": ["pytest", "pytest-xdist", "ruff"],
     },
 )

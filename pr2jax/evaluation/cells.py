@@ -160,13 +160,14 @@ class CellFiles:
 
     def read(self, ks: tuple[int, ...]) -> Cell:
         """The figures of a complete cell. Raises ConfigError for a file that is damaged."""
-        with open(self.rows, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
+        try:
+            with open(self.rows, encoding="utf-8") as file:
+                rows = [json.loads(line) for line in file]
+            why = f"{len(rows)} samples, not {self.done} x {self.n}"
+        except (OSError, ValueError) as error:
+            rows, why = [], str(error)
         if not self.complete or len(rows) != self.done * self.n:
-            raise ConfigError(
-                f"evaluation: {self.rows} has {len(rows)} samples of {self.done} x {self.n}; "
-                "remove it and its .json"
-            )
+            raise ConfigError(f"evaluation: {self.rows}: {why}; remove it and {self.state.name}")
         groups = [rows[i : i + self.n] for i in range(0, len(rows), self.n)]
 
         def column(key: str) -> list[list[Any]]:

@@ -9,18 +9,23 @@ is the harness's own command with the model "pr2jax" added; `import pr2jax.train
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import jax
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from pr2jax.train.harness import open_model
 
+log = logging.getLogger("pr2jax")
+
 
 @register_model("pr2jax")
 class PR2JaxLM(LM):
     """model_args: checkpoint (what `init_from` takes); max_length, max_gen_toks, slots, dtype
-    (see `harness.HarnessModel`). The harness's own batch_size are the rows scored together."""
+    (see `harness.HarnessModel`). The harness's own batch_size are the rows scored together; its
+    device is PyTorch's and comes with every command: JAX's devices are used, as the log says."""
 
     def __init__(
         self,
@@ -30,8 +35,11 @@ class PR2JaxLM(LM):
         max_gen_toks: int = 256,
         slots: int = 32,
         dtype: str = "auto",
+        device: str | None = None,
     ):
         super().__init__()
+        if device is not None:
+            log.info("device %s is PyTorch's: JAX uses %s", device, jax.devices()[0])
         self.checkpoint = checkpoint
         self.model = open_model(
             checkpoint,
