@@ -23,9 +23,13 @@ from pr2jax.tasks.base import Problem, Verdict, explain, normalise
 from pr2jax.tasks.math_text import Shape
 
 _NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w{1,5}\}?)?'*"
-_ASSIGNED = re.compile(rf"\s*{_NAME}(?:\s?\(\s?{_NAME}(?:\s?,\s?{_NAME})*\s?\))?\s*")
+_ASSIGNED = re.compile(
+    rf"\s*(?:{_NAME}(?:\s?\([^()]{{1,20}}\))?|\(\s?{_NAME}(?:\s?,\s?{_NAME})+\s?\))\s*"
+)
 _MEMBER = re.compile(rf"\s*{_NAME}\s*\\in(?![A-Za-z])\s*(.+)", re.DOTALL)
 _UNIT_TAIL = re.compile(r"(.*?)\s*(?:\\text\s?\{\s*([^{}]*?)\s*\}(\s?\^\s?\{?\d\}?)?)$", re.DOTALL)
+_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+_CLOCK = re.compile(r"\d{1,2}\s?:\s?[0-5]\d(?!\d)")
 _DEGREE = re.compile(r"\s?\^\\circ\s?$")
 _GLUED = re.compile(r"\d[A-Za-z]")
 _BASE = re.compile(
@@ -77,7 +81,7 @@ def equal(reference: str, answer: str) -> bool:
     want, given = text_of.clean(reference), text_of.clean(answer)
     if not want or not given:
         return False
-    if text_of.squeezed(want) == text_of.squeezed(given):
+    if text_of.squeezed(text_of.unwrapped(want)) == text_of.squeezed(text_of.unwrapped(given)):
         return True
     return _same(want, given, 0)
 
@@ -112,10 +116,12 @@ def _same(want: str, given: str, depth: int) -> bool:
         return widths[0] == widths[1] and all(
             _same(x.strip(), y.strip(), depth + 1) for x, y in zip(*rows, strict=True)
         )
-    if a.kind == "set" and len(a.items) == 1 and b.kind == "atom":
-        return _same(a.items[0], given, depth + 1)
-    if b.kind == "set" and len(b.items) == 1 and a.kind == "atom":
-        return _same(want, b.items[0], depth + 1)
+    for one, other in ((a, b), (b, a)):  # {5} is 5, but {{}} is not {}
+        if one.kind == "set" and len(one.items) == 1 and other.kind == "atom":
+            bare = one.items[0]
+            if "\\emptyset" in bare or "\\{" in bare:
+                return False
+            return _same(*((bare, given) if one is a else (want, bare)), depth + 1)
     return _assigned_shapes(want, given, depth) or _regions(a, b, depth)
 
 
@@ -249,7 +255,7 @@ def _atoms(want: str, given: str) -> bool:
         return False
     letter = answers.letter_of(want)
     alone = letter is not None and len(re.sub(r"\\text|[^A-Za-z]", "", want)) == 1
-    if alone and letter in given and answers.letter_of(given) == letter:
+    if alone and letter in want and letter in given and answers.letter_of(given) == letter:
         return True
     if "|" in want and "\\{" in want:
         return False  # a set by its property: equal as text or not at all
@@ -258,6 +264,8 @@ def _atoms(want: str, given: str) -> bool:
         return _inequalities(want, given)
     if re.search(r"\\(?:equiv|pmod|bmod|in|subset|sim)(?![A-Za-z])", want + " " + given):
         return False
+    if _CLOCK.match(want) and not _CLOCK.match(given):
+        return False  # a time, and no ratio
     first, second = text_of.split(want, ("=",))[0], text_of.split(given, ("=",))[0]
     if len(first) > 1 or len(second) > 1:
         return _equations(first, second)
@@ -315,8 +323,6 @@ def _same_relations(first: list, second: list) -> bool:
 
 def _values(want: str, given: str) -> bool:
     """Equality of numbers with units, of numerals in a base, and of expressions."""
-    if not _same_case(want, given):
-        return False
     if (based := _bases(want, given)) is not None:
         return based
     first, second = (_quantity(text) for text in (want, given))
@@ -339,18 +345,6 @@ def _values(want: str, given: str) -> bool:
         if percent[1] and not percent[0]:
             return _expressions(want, f"\\frac{{{given}}}{{100}}")
     return _expressions(want, given)
-
-
-def _same_case(want: str, given: str) -> bool:
-    """Whether no letter of one is there in the other case only: math-verify ignores case."""
-    letters = []
-    for text in (want, given):
-        bare = re.sub(r"\\text\s?\{[^{}]*\}|\\[A-Za-z]+", " ", text)
-        letters.append(set(re.findall(r"[A-Za-z]", re.sub(r"(?<=\d)[eE](?=[+-]?\d)", "", bare))))
-    for letter in letters[0] ^ letters[1]:
-        if letter.swapcase() in letters[0] ^ letters[1]:
-            return False
-    return not any(c.swapcase() in s and c != c.swapcase() for s in letters for c in s)
 
 
 def _bases(want: str, given: str) -> bool | None:
@@ -379,9 +373,12 @@ def _quantity(text: str) -> quantities.Quantity | None:
 
 
 def _same_quantity(want: quantities.Quantity, given: quantities.Quantity) -> bool:
-    if want.currency and given.currency and want.currency != given.currency:
+    kinds = [q.currency or ("%" if q.percent else "") or q.unit for q in (want, given)]
+    if all(kinds) and (want.unit == "") != (given.unit == ""):
+        return False  # a percentage, an amount and a length are three things
+    if want.currency != given.currency and want.currency and given.currency:
         return False
-    if (want.currency and given.unit) or (given.currency and want.unit):
+    if bool(want.currency and given.percent) or bool(given.currency and want.percent):
         return False
     decimal = want.decimals is not None or given.decimals is not None
     if want.unit and given.unit and not _same_unit(want.unit, given.unit):
@@ -407,7 +404,7 @@ def _close(want: Fraction, given: Fraction, decimal: bool) -> bool:
 
 def _without_unit(text: str) -> tuple[str, str]:
     r"""("5\sqrt{2}", "cm") of "5\sqrt{2} \text{ cm}"; a degree sign is the unit "°"."""
-    if _DEGREE.search(text):
+    if _DEGREE.search(text) and not _FUNCTION.search(text):
         return _DEGREE.sub("", text).strip(), "°"
     for sign in ("\\$", "$", "€", "£"):
         if text.startswith(sign):
@@ -434,10 +431,14 @@ def _expressions(want: str, given: str) -> bool:
     return a is not None and b is not None and math_expr.same(a, b)
 
 
-_SEPARATE = re.compile(r"[\d.]\s+[\d.]|\d\.\d+\.\d|(?<![\d])\.(?!\d)|\?|!\s?=|\.\.|\\[lcd]?dots")
+_SEPARATE = re.compile(
+    r"[\d.]\s+[\d.]|\d\.\d+\.\d|(?<![\d])\.(?!\d)|\?|!\s?[=!]|\.\.|\\[lcd]?dots|'|\\prime"
+)
 _MIXED = re.compile(r"(?<![\d.}])(\d+)\s*\\frac\s?\{\s?(\d+)\s?\}\s?\{\s?(\d+)\s?\}")
 _DIGIT_GROUPS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _POWER_OF_TEN = re.compile(r"(\d(?:\.\d+)?)[eE]([+-]?\d{1,3})(?![\w.])")
+_IN_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s?\^\\circ")
+_BELOW = re.compile(r"_\s?\{[^{}]*\}")
 
 
 def _read(text: str):
@@ -447,9 +448,11 @@ def _read(text: str):
     """
     text = _DIGIT_GROUPS.sub("", text.strip())
     text = _POWER_OF_TEN.sub(r"\1 \\times 10^{\2}", text)
+    text = _IN_DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
     text = _MIXED.sub(r"(\1+\\frac{\2}{\3})", text)
     if not text or len(text) > 600 or text_of.has_words(text) or _SEPARATE.search(text):
         return None
-    if text.count("{") > 60 or text.count("(") > 60 or _RELATION.search(text) or "%" in text:
+    if text.count("{") > 60 or text.count("(") > 60 or "%" in text or text.count("|") % 2:
         return None
-    return math_expr.read(text.replace("|", " | ") if text.count("|") % 2 else text)
+    # Bounds of sums hold an equals sign.
+    return None if _RELATION.search(_BELOW.sub("", text)) else math_expr.read(text)

@@ -1,4 +1,4 @@
-"""Equality of two mathematical expressions, read by `math-verify` and compared by value.
+"""Equality of two mathematical expressions, read by `math-verify`'s parser, compared by value.
 
 Numbers are compared to 40 digits (to 1e-6 where one was written as a decimal), expressions at
 random points: that is faster than simplifying a difference and, unlike string or structural
@@ -6,6 +6,7 @@ matching, wrong with a probability that can be neglected. What cannot be evaluat
 `math-verify`'s own comparison. Values whose size alone would fill the memory are refused first.
 """
 
+import functools
 import math
 import random
 from typing import Any
@@ -23,25 +24,30 @@ class TooLarge(ValueError):
     """An expression that is not evaluated for its size."""
 
 
+@functools.lru_cache(maxsize=512)  # a reference is compared with many answers
 def read(text: str) -> Any:
     """The sympy expression of a clean LaTeX text, None where it is none.
 
     Raises TooLarge.
     """
     import sympy
-    from math_verify import LatexExtractionConfig, parse
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+    from math_verify.utils import timeout
 
-    config = LatexExtractionConfig(boxed_match_priority=0)
-    found = parse(
-        f"\\boxed{{{text}}}",
-        extraction_config=[config],
-        fallback_mode="no_fallback",
-        parsing_timeout=_TIMEOUT_S,
-    )
-    if not found or not isinstance(found[0], sympy.Basic | sympy.MatrixBase):
+    # Unlike math-verify's own call: case is kept, and no letter is taken for a unit and dropped.
+    normalise = NormalizationConfig(basic_latex=True, malformed_operators=True, boxed="none")
+    convert = ConversionConfig(lowercase_symbols=False)
+    try:
+        found = timeout(timeout_seconds=_TIMEOUT_S)(latex2sympy)(
+            text, normalization_config=normalise, conversion_config=convert
+        )
+    except Exception:  # its parser raises bare Exceptions
         return None
-    check_size(found[0])
-    return found[0]
+    if not isinstance(found, sympy.Basic | sympy.MatrixBase):
+        return None
+    check_size(found)
+    return found.subs(sympy.Symbol("i"), sympy.I) if isinstance(found, sympy.Expr) else found
 
 
 def check_size(expr: Any) -> None:

@@ -57,6 +57,8 @@ _RENAMED = (
     (re.compile(r"\\(?:mathrm|textrm|textbf|textit|mathbf|mathit|mathsf|mbox|textsf|operatorname)\s?\{([^{}]{0,400})\}"),
      r"\\text{\1}"),
     (re.compile(r"\\text\s?\{\s?([a-zA-Z])\s?\}(?=\s?[\^=])"), r"\1"),
+    (re.compile(r"\\log\s?_\s?(\w)(?!\w)"), r"\\log_{\1}"),
+    (re.compile(r"(?<=\d)\s?x\s?(?=10\s?\^)"), r"\\times "),
     (re.compile(r"\\text\s?\{\s*(or|and)\s*\}"), r" \1 "),
 )  # fmt: skip
 # \frac12, \frac1{2}, \frac{1}2, \sqrt2
@@ -68,6 +70,7 @@ _LEAD = re.compile(
     r"^(?:(?:the|so|thus|hence|therefore|my|our|final|correct|answer|result|value|is|are|equals)\b"
     r"[\s,]{0,3}){1,8}[:=]?\s?", re.IGNORECASE
 )  # fmt: skip
+_ENDS = re.compile(r"^[\s:=]+|^\\approx(?![A-Za-z])\s?|(?<![.;,])[.;,]?\s*$")
 _TEXT = re.compile(r"\\text\s?\{([^{}]*)\}")
 _FUNCTIONS = re.compile(
     "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp|sqrt|max|min|gcd|lcm|"
@@ -105,7 +108,7 @@ def clean(text: str) -> str:
     if first and _LEAD.fullmatch(first.group(1).strip()):
         text = text[first.end() :].strip()
     text = _LEAD.sub("", text)
-    return text.strip().rstrip(".;,").strip().removeprefix(":").strip()
+    return _ENDS.sub("", text).strip()
 
 
 def _unwrapped(text: str) -> str:
@@ -119,9 +122,14 @@ def _unwrapped(text: str) -> str:
     return text
 
 
+def unwrapped(text: str) -> str:
+    r"""`text` with what stands in \text{} bare."""
+    return " ".join(_TEXT.sub(r" \1 ", text).split())
+
+
 def squeezed(text: str) -> str:
-    """`text` without spaces but between digits, and without braces around a single character."""
-    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+    """`text` without spaces but those between digits, and without braces around one character."""
+    text = re.sub(r"(?<![\d,])\s+|(?<=,)\s+(?!\d)|\s+(?!\d)", "", text)
     return re.sub(r"\{(\w)\}", r"\1", text)
 
 
@@ -228,8 +236,8 @@ _MATRIX = re.compile(
 )
 
 
-def shape(text: str) -> Shape:
-    """The shape of a clean text."""
+def shape(text: str, depth: int = 0) -> Shape:
+    """The shape of a clean text; of ((x)) that of x, to four brackets."""
     if (matrix := _MATRIX.fullmatch(text)) and "\\begin" not in matrix.group(2):
         rows = [row.strip() for row in re.split(r"\\\\(?:\[[^\]]{0,9}\])?", matrix.group(2))]
         rows = [row for row in rows if row]
@@ -262,7 +270,7 @@ def shape(text: str) -> Shape:
         if len(items) > 1 and all(items):
             return Shape("tuple", tuple(items), text, brackets=_mark(opening) + _mark(closing))
         if opening == "(" and closing == ")" and len(items) == 1:
-            return shape(inner) if inner else Shape("atom", text=text)
+            return shape(inner, depth + 1) if inner and depth < 4 else Shape("atom", text=text)
     if text.count("\\pm") == 1 and "\\mp" not in text and "=" not in text.partition("\\pm")[2]:
         both = (re.sub(r"\\pm\s?", lambda _, sign=sign: sign, text, count=1) for sign in "+-")
         ends = (re.sub(r"(^|=)\s?\+", r"\1", one) for one in both)

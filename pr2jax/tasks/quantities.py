@@ -48,8 +48,12 @@ _MIXED = re.compile(r"(\d{1,30})\s(\d{1,30})\s?/\s?(\d{1,30})(?![\d.,])")
 _UNIT = re.compile(r"[^\W\d_⁰¹²³⁴-⁹][\w°'\"′″()/·*^.⁻⁰¹²³⁴-⁹ -]{0,80}|[°'\"′″][\w/]{0,9}")
 # A small n is a variable, a capital one the newton.
 _NO_UNITS = re.compile(
-    r"\b(?:or|and|nor|to|not|no|is|are|but|e|i|x|y|z|(?-i:n)|pi|π|sqrt|frac|log|ln|sin|cos|tan|mod|"
-    r"either|else|if|then|maybe|approximately|about|between|plus|minus|times|over|through)\b",
+    r"\b(?:or|and|nor|to|not|no|is|are|but|e|i|x|y|z|n|pi|π|sqrt|frac|log|ln|sin|cos|tan|mod|either|"
+    r"else|if|then|maybe|perhaps|possibly|approximately|about|between|plus|minus|times|over|through|"
+    r"at|least|most|more|less|than|fewer|greater|except|unless|when|where|for|with|without|other|any|"
+    r"all|many|some|several|infinitely|unknown|wrong|can|could|may|might|must|should|guess|think|"
+    r"dozens?|hundreds?|tenths?|hundredths?|thousandths?|half|halves|thirds?|quarters?|fourths?|"
+    r"fifths?|sixths?|eighths?|squared|cubed|factorial|only|exactly|solutions?)\b",
     re.IGNORECASE,
 )
 
@@ -92,7 +96,7 @@ def read(text: str, *, accounting: bool = False) -> Quantity | None:
     """
     if len(text) > LIMIT:
         return None
-    text = plain(text).rstrip(".").strip()
+    text = re.sub(r"(?<!\.)\.$", "", plain(text)).strip()
     negative = False
     if accounting and text.startswith("(") and text.endswith(")"):
         text, negative = text[1:-1].strip(), True
