@@ -11,7 +11,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from pr2jax.core.config import ConfigError, from_config_dict
+from pr2jax.core.config import ConfigError
 from pr2jax.core.device import reuse_freed_memory, setup_compilation_cache
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -120,8 +120,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _config():
     """The dataclass of --config. Raises ConfigError, also where the file cannot be loaded."""
-    from pr2jax.train.config import Config
-    from pr2jax.train.plan import with_plan
+    from pr2jax.train.plan import configure
 
     if not isinstance(CONFIG.value, ConfigDict):
         try:
@@ -129,7 +128,7 @@ def _config():
         except Exception as error:
             raise ConfigError(f"--config: {error}") from error
     given = config_flags.get_override_values(flags.FLAGS["config"])
-    return with_plan(from_config_dict(Config, CONFIG.value), given)
+    return configure(CONFIG.value, given)
 
 
 def _start(argv: list[str]) -> None:

@@ -2,13 +2,13 @@
 
   python -m pr2jax.main --config=configs/studies/isocompute.py --workdir=DIR
 
-starts the sweep and goes on with it, `--config.study.workers=2` runs at a time. A small MoE (as the
-replay study's) is warmed up by SFT on words of 3 to 5 letters, its avg@16 is measured on a pool of
-words of 5 and 6 letters to spell backwards, and those in the regime are what all runs learn from
-and are validated on: `:easy` (avg@16 in [0.3, 0.6], the default) or `:hard` ([0, 0.0625]). One
-trajectory each of n = 4, 8, 16, 32, 64 samples of B_p = 16 prompts and a seed (three), all of the
-same C, with budgets nested in it: avg@4, best@4 and worst@4 every 2,048 rollouts. n = 16 is also
-run with B_p = 64, for what B_p does.
+starts the sweep and goes on with it, `--config.study.workers=2` runs at a time. A small MoE (two
+layers of 8 experts, top-2 and a shared one; d = 64) is warmed up by SFT on words of 3 to 5 letters,
+its avg@16 is measured on a pool of words of 5 letters to spell backwards, and those in the regime
+are what all runs learn from and are validated on: `:easy` (avg@16 in [0.3, 0.6], the default) or
+`:hard` ([0, 0.0625]). One trajectory each of n = 4, 8, 16, 32, 64 samples of B_p = 8 prompts and a
+seed (three), all of the same C = 32,768, with budgets nested in it: avg@4, best@4 and worst@4 every
+2,048 rollouts. n = 16 is also run with B_p = 32, for what B_p does.
 
 The recipe is the IsoCompute study's: strictly on-policy GRPO, learning rate as the square root of
 the batch, 10 steps of warm-up and then constant, temperature 0.6, truncated importance sampling
@@ -45,10 +45,10 @@ from pr2jax.train.config import (
 )
 from pr2jax.train.study_config import REGIMES
 
-NS, PROMPTS, SEEDS = (4, 8, 16, 32, 64), 16, 3
-OTHER = ((16, 64),)  # (n, B_p) besides
-COMPUTE, EVALUATE = 65536, 2048  # rollouts of a run; between evaluations
-RATE, BATCH = 3e-4, 1024  # the learning rate at so many rows; as their square root
+NS, PROMPTS, SEEDS = (4, 8, 16, 32, 64), 8, 3
+OTHER = ((16, 32),)  # (n, B_p) besides
+COMPUTE, EVALUATE = 32768, 2048  # rollouts of a run; between evaluations
+RATE, BATCH = 4e-4, 1024  # the learning rate at so many rows; as their square root
 
 
 def _words(shortest: int, longest: int, size: int, held_out: int, seed: int) -> TaskConfig:
@@ -77,7 +77,7 @@ def _cell(n: int, prompts: int, compute: int, every: int, seeds: int) -> CellCon
             f"rl.eval_every={max(every // rows, 1)}",
             f"rl.micro_batch={min(rows, 128)}",
             f"rl.optim.learning_rate={square_root_rate(rows, RATE, BATCH):.6g}",
-            f"sampler.slots={min(rows, 512)}",
+            f"sampler.slots={min(max(rows, 128), 512)}",
         ),
         seeds=seeds,
         priority=0 if prompts == PROMPTS else 1,
@@ -112,13 +112,13 @@ def get_config(arg: str = ""):
             num_heads=4,
             num_kv_heads=4,
             head_dim=16,
-            moe=MoEConfig(num_experts=16, top_k=2, expert_dim=32, shared_dim=64),
+            moe=MoEConfig(num_experts=8, top_k=2, expert_dim=32, shared_dim=64, impl="dense"),
             scan_layers=False,
         ),
         tokenizer=TokenizerConfig(kind="char", alphabet=">abcdefghijklmnopqrstuvwxyz"),
         sft=SFTConfig(
             task=_words(3, 5, 64 if smoke else 4000, 0, seed=1),
-            steps=2 if smoke else 200,
+            steps=2 if smoke else 320,
             batch=4 if smoke else 16,
             row_length=96,
             optim=OptimConfig(
@@ -127,14 +127,14 @@ def get_config(arg: str = ""):
                 decay_fraction=0.8,
                 final_fraction=0.2,
                 warmup_steps=20,
-                total_steps=200,
+                total_steps=320,
                 b2=0.98,
             ),
         ),
         rl_task=_words(5, 5, 32 if smoke else 3000, 16 if smoke else 1500, seed=2),
         rl=RLConfig(
             prompts_per_batch=4 if smoke else PROMPTS,
-            micro_batch=8 if smoke else 128,
+            micro_batch=8 if smoke else 64,
             mini_steps=1,
             epochs=1,
             tis_cap=2.0,
@@ -154,7 +154,7 @@ def get_config(arg: str = ""):
             bucket=16,
             prefill_rows=8 if smoke else 64,
         ),
-        eval=EvalConfig(samples=16, ks=(1, 4), quick_samples=4, sampling=sampling),
+        eval=EvalConfig(samples=8, ks=(1, 4), quick_samples=4, sampling=sampling),
         verifier=VerifierConfig(workers=1),
         loop=LoopConfig(checkpoint_every=0, tensorboard=False, journal=False),
     )

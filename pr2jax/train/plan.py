@@ -7,6 +7,7 @@ root of the batch, a short warm-up and then constant.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -15,8 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from pr2jax.core.config import ConfigError, from_config_dict
 from pr2jax.core.metrics import write_json, write_summary
+from pr2jax.rl.types import RLConfig
 from pr2jax.scaling.sampling_law import (
     BASE_BATCH,
     BASE_RATE,
@@ -228,34 +232,35 @@ def run_plan(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
 # --------------------------------------------------------------- a run's plan
 
 
-def with_plan(cfg: Config, given: Mapping[str, Any]) -> Config:
-    """`cfg` as its `rl_plan` wants it (as it is, without one).
+def configure(values: ConfigDict | Mapping[str, Any], given: Mapping[str, Any]) -> Config:
+    """The configuration of `values`, with what their `rl_plan` says in place of their own.
 
     given: what the command line sets, by dotted key: a planned key of another value there is a
     conflict. n is rounded once more where rl.micro_batch does not cut the plan's batch; learning
     rate and updates follow it. Raises ConfigError naming the key.
     """
-    if not cfg.rl_plan:
-        return cfg
-    if cfg.mode not in ("rl", "sft_then_rl"):
-        raise ConfigError(f"rl_plan: mode {cfg.mode!r} has no RL to plan")
-    if cfg.rl.dynamic_sampling:
+    if not values.get("rl_plan"):
+        return from_config_dict(Config, values)
+    values = values.to_dict() if isinstance(values, ConfigDict) else copy.deepcopy(dict(values))
+    default = RLConfig()
+    rl = values["rl"] = {"optim": dataclasses.asdict(default.optim)} | values.get("rl", {})
+    if values.get("mode", "rl") not in ("rl", "sft_then_rl"):
+        raise ConfigError(f"rl_plan: mode {values['mode']!r} has no RL to plan")
+    if rl.get("dynamic_sampling", default.dynamic_sampling):
         raise ConfigError("rl.dynamic_sampling: draws rollouts that rl_plan's C does not count")
-    path = Path(cfg.rl_plan)
+    path = Path(values["rl_plan"])
     path = path / PLAN if path.is_dir() else path
-    planned = _settings(_read(path, "rl_plan"), path, cfg.rl.micro_batch)
+    micro_batch = rl.get("micro_batch", default.micro_batch)
+    planned = _settings(_read(path, "rl_plan"), path, micro_batch)
     for key, value in planned.items():
         if key in given and given[key] != value:
             raise ConfigError(f"{key}: {given[key]} is given, and rl_plan={path} says {value}")
-    values = dataclasses.asdict(cfg)
-    for key, value in planned.items():
         *parents, last = key.split(".")
         at = values
         for name in parents:
-            at = at[name]
+            at = at.setdefault(name, {})
         at[last] = value
-    told = ", ".join(f"{key}={value:g}" for key, value in planned.items() if value != "constant")
-    log.info("plan %s: %s", path, told)
+    log.info("plan %s: %s", path, ", ".join(f"{key}={value}" for key, value in planned.items()))
     try:
         return from_config_dict(Config, values)
     except ConfigError as error:
