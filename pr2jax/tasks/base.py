@@ -324,8 +324,10 @@ def question_keys(problem: Problem) -> tuple[str, ...]:
     meta["same_as"] has further keys, for questions that are the same in other words.
     """
     whole = problem.meta.get("question", problem.prompt)
-    shown = normalise(problem.meta.get("shown", whole))
-    return (normalise(whole), shown, *problem.meta.get("same_as", ()))
+    shown = problem.meta.get("shown", whole)
+    first = normalise(whole)
+    second = first if shown == whole else normalise(shown)
+    return (first, second, *problem.meta.get("same_as", ()))
 
 
 def normalise(text: str) -> str:
@@ -346,6 +348,7 @@ class SeenQuestions:
 
     def add(self, problem: Problem) -> bool:
         """Adds a problem; False if it was there."""
-        new = problem not in self
-        self._keys.update(question_keys(problem))
+        keys = question_keys(problem)
+        new = self._keys.isdisjoint(keys)
+        self._keys.update(keys)
         return new

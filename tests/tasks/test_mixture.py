@@ -14,6 +14,13 @@ from pr2jax.tasks.rows import RowError
 
 TINY = json.dumps({"level": "tiny", "form": "bare"})
 SUMS = TaskConfig(name="generated/numbers", settings=TINY, size=60, held_out=10)
+# "print n: add 1" to 99: 99 questions.
+FEW = TaskConfig(
+    name="generated/programs",
+    settings=json.dumps({"level": "tiny", "io": "stdio", "families": ["add"]}),
+    size=90,
+    held_out=10,
+)
 
 
 def mixture(**parts):
@@ -162,7 +169,7 @@ def test_command_line_overrides_reach_parts(tmp_path, monkeypatch):
         (mixture(**{"a/b": SUMS}), "parts: 'a/b' is not a name"),
         (mixture(a=dataclasses.replace(SUMS, size=-1)), "parts.a.size: -1 problems"),
         (mixture(a=mixture(b=dataclasses.replace(SUMS, name="x"))), "parts.a.parts.b.name: 'x'"),
-        (mixture(a=dataclasses.replace(SUMS, size=21_000)), "parts.a.size: generated/numbers"),
+        (mixture(a=FEW), "parts.a.size: generated/programs .* gave 99 distinct"),
         (mixture(a=TaskConfig(name="jsonl:/nowhere")), "parts.a.name: no file"),
         (mixture(a=TaskConfig(name="mixture/a")), "parts.a.name: 'mixture/a' is not one of"),
     ],

@@ -124,9 +124,13 @@ def _zebra(rng: random.Random, settings: Settings) -> Item:
 
 
 def _zebra_wrong(problem: Problem, rng: random.Random) -> tuple[str, float]:
-    """In one column two houses' values are swapped: all cells but two are right."""
+    """In one column two houses' values are swapped, or the last house is left out."""
     truth = json.loads(problem.answer)
     rows = truth["rows"]
+    if rng.random() < 0.3:
+        del rows[-1]
+        # The other rows are right as they are.
+        return respond(problem, json.dumps(truth)), len(rows) / (len(rows) + 1)
     column = rng.randrange(1, len(truth["header"]))
     a, b = rng.sample(range(len(rows)), 2)
     rows[a][column], rows[b][column] = rows[b][column], rows[a][column]
