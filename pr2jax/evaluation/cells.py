@@ -24,8 +24,8 @@ from pr2jax.core.metrics import write_json
 from pr2jax.evaluation.passk import Interval, bootstrap_interval
 from pr2jax.evaluation.runner import Sample, figures
 from pr2jax.evaluation.votes import answer_key
-from pr2jax.sampler.types import FINISH_STOP, Rollout
-from pr2jax.tasks.base import Problem, domain_of
+from pr2jax.sampler.types import FINISH_LENGTH, Rollout
+from pr2jax.tasks.base import Problem, Verdict, domain_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,19 +110,15 @@ class CellFiles:
 
     def append(
         self,
-        problems: Sequence[Problem],
-        rollout: Rollout,
-        texts: Sequence[str],
+        rows: Sequence[Mapping[str, Any]],
         failures: Mapping[str, int],
         seconds: float,
         last: bool,
     ) -> None:
-        """Adds a scored batch, n rows a problem; on disk when this returns."""
+        """Adds a scored batch, n `row`s a problem; on disk when this returns."""
         self.rows.parent.mkdir(parents=True, exist_ok=True)
-        lines = [
-            json.dumps(self._row(problems[b // self.n], rollout, b, text), ensure_ascii=False)
-            for b, text in enumerate(texts)
-        ]
+        named = {"checkpoint": self.checkpoint, "suite": self.suite}
+        lines = [json.dumps(named | row, ensure_ascii=False) for row in rows]
         body = "".join(f"{line}\n" for line in lines).encode("utf-8", errors="replace")
         with open(self.rows, "r+b" if self.rows.exists() else "w+b") as file:
             file.truncate(self._at["bytes"])  # what a killed run left of its last batch
@@ -133,30 +129,13 @@ class CellFiles:
         at = self._at
         total = {k: at["failures"].get(k, 0) + v for k, v in failures.items()}
         self._at = at | {
-            "problems": at["problems"] + len(problems),
+            "problems": at["problems"] + len(rows) // self.n,
             "bytes": at["bytes"] + len(body),
             "failures": at["failures"] | total,
             "seconds": at["seconds"] + seconds,
             "complete": last,
         }
         write_json(self.state, self._at)
-
-    def _row(self, problem: Problem, rollout: Rollout, b: int, text: str) -> dict[str, Any]:
-        return {
-            "checkpoint": self.checkpoint,
-            "suite": self.suite,
-            "id": problem.id,
-            "domain": domain_of(problem),
-            "sample": b % self.n,
-            "prompt": problem.prompt,
-            "reference": problem.answer,
-            "response": text,
-            "answer": answer_key(problem, text),
-            "score": float(rollout.rewards[b]),
-            "reason": rollout.reasons[b],
-            "tokens": int(rollout.lengths[b] - rollout.prompt_lengths[b]),
-            "finish": "stop" if rollout.finish[b] == FINISH_STOP else "length",
-        }
 
     def read(self, ks: tuple[int, ...]) -> Cell:
         """The figures of a complete cell. Raises ConfigError for a file that is damaged."""
@@ -190,6 +169,41 @@ class CellFiles:
         )
 
 
+def row(problem: Problem, sample: int, text: str, verdict: Verdict, tokens: int, cut: bool):
+    """A line of a cell's file, but for checkpoint and suite. cut: at the length limit."""
+    return {
+        "id": problem.id,
+        "domain": domain_of(problem),
+        "sample": sample,
+        "prompt": problem.prompt,
+        "reference": problem.answer,
+        "response": text,
+        "answer": answer_key(problem, text),
+        "score": float(verdict.score),
+        "reason": verdict.reason,
+        "tokens": int(tokens),
+        "finish": "length" if cut else "stop",
+    }
+
+
+def rollout_rows(
+    problems: Sequence[Problem], rollout: Rollout, texts: Sequence[str], n: int
+) -> list[dict[str, Any]]:
+    """`row`s of a scored rollout, whose rows are group-major."""
+    lengths = rollout.lengths - rollout.prompt_lengths
+    return [
+        row(
+            problems[b // n],
+            b % n,
+            text,
+            Verdict(float(rollout.rewards[b]), rollout.reasons[b]),
+            lengths[b],
+            rollout.finish[b] == FINISH_LENGTH,
+        )
+        for b, text in enumerate(texts)
+    ]
+
+
 def _sample(group: Sequence[Mapping[str, Any]]) -> Sample:
     """The responses to one problem, as the report shows them."""
     first = group[0]
@@ -206,4 +220,4 @@ def _sample(group: Sequence[Mapping[str, Any]]) -> Sample:
 
 
 def _cut(tokens: int, finish: str) -> str:
-    return f"cut off at {tokens} tokens" if finish == "length" else ""
+    return f"cut off at {tokens} tokens" if finish == "length" and tokens else ""

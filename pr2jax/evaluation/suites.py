@@ -11,7 +11,7 @@ import glob
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pr2jax.core.config import ConfigError, from_config_dict
 from pr2jax.sampler.types import SamplingParams
@@ -67,6 +67,8 @@ class EvaluationConfig:
         `samples` are left out.
       limit: most problems a suite (0: all).
       batch: responses a call of the sampler, about: what is lost when a run is killed.
+      long_prompts: what becomes of a problem whose prompt has more than sampler.max_prompt tokens:
+        `error` stops before anything is sampled, `wrong` scores 0 with the reason, and is counted.
       transcripts: problems a suite whose responses the report shows.
     """
 
@@ -78,6 +80,7 @@ class EvaluationConfig:
     max_tokens: int = 0
     limit: int = 0
     batch: int = 256
+    long_prompts: Literal["error", "wrong"] = "error"
     transcripts: int = 4
 
     def validate(self) -> None:

@@ -21,8 +21,10 @@ from pr2jax.core.config import ConfigError
 from pr2jax.core.device import versions
 from pr2jax.core.metrics import Progress, write_summary
 from pr2jax.core.params import Tree, count_params
+from pr2jax.data.tokenizer import encode_prompt
 from pr2jax.evaluation import compare, report
-from pr2jax.evaluation.cells import Cell, CellFiles, digest
+from pr2jax.evaluation.cells import Cell, CellFiles, digest, rollout_rows
+from pr2jax.evaluation.cells import row as cell_row
 from pr2jax.evaluation.runner import score_rollout
 from pr2jax.evaluation.suites import (
     Plan,
@@ -32,7 +34,7 @@ from pr2jax.evaluation.suites import (
     uses_chat,
 )
 from pr2jax.models.importers import hf
-from pr2jax.tasks.base import Problem
+from pr2jax.tasks.base import Problem, Verdict
 from pr2jax.train.config import Config
 from pr2jax.train.session import Session, checkpoint_folder, open_session
 
@@ -149,14 +151,21 @@ class _Evaluation:
             for name, suite in self.suites.items():
                 problems = self.problems(name, chat)
                 # All of them before anything is sampled: a prompt that is too long is known now.
-                prompts[name] = [session.encode(p) for p in problems]
+                prompts[name] = [self._encode(session, p) for p in problems]
+                too_long = sum(isinstance(p, int) for p in prompts[name])
+                if too_long:
+                    log.warning(
+                        "%s on %s: %d prompts of more than sampler.max_prompt=%d tokens score 0",
+                        *(name, label, too_long, cfg.sampler.max_prompt),
+                    )
                 made_of = {
                     "checkpoint": found,
                     "suite": dataclasses.asdict(suite),
                     "problems": digest(problems),
                     "seed": self.cfg.seed,
                     "dtype": np.dtype(session.dtype).name,
-                    "verifier": dataclasses.asdict(cfg.verifier),
+                    "verifier": dataclasses.asdict(dataclasses.replace(cfg.verifier, workers=1)),
+                    "max_prompt": cfg.sampler.max_prompt,
                 }
                 files[name] = CellFiles(folder, label, name, suite.samples, made_of)
                 if uses_chat(suite.task) and not chat:
@@ -174,13 +183,23 @@ class _Evaluation:
             }
         return {name: own.read(self.suites[name].ks) for name, own in files.items()}, about
 
+    def _encode(self, session: Session, problem: Problem) -> list[int] | int:
+        """Token ids of a prompt; only their number where it is too long and that is allowed."""
+        if self.cfg.evaluation.long_prompts == "error":
+            return session.encode(problem)
+        try:
+            ids = encode_prompt(session.tokenizer, problem.input)
+        except ValueError as error:
+            raise ConfigError(f"tokenizer: problem {problem.id}: {error}") from None
+        return ids if len(ids) <= session.cfg.sampler.max_prompt else len(ids)
+
     def _fill(
         self,
         files: CellFiles,
         session: Session,
         params: Tree,
         problems: list[Problem],
-        prompts: list[list[int]],
+        prompts: list[list[int] | int],
     ) -> None:
         """Samples what a cell has not yet, batch by batch.
 
@@ -191,27 +210,42 @@ class _Evaluation:
         step = max(1, self.cfg.evaluation.batch // n)
         for first in range(files.done, len(problems), step):
             start, end = time.monotonic(), min(first + step, len(problems))
-            rollout, _ = session.sampler.rollout(
-                prompts[first:end],
-                n,
-                suite.sampling,
-                params=params,
-                key=key,
-                request_offset=first * n,
-            )
             before = dict(session.pool.stats)
-            chosen = problems[first:end]
-            rollout, texts = score_rollout(rollout, chosen, n, session.tokenizer, session.pool)
+            fitting = [i for i in range(first, end) if not isinstance(prompts[i], int)]
+            rows = {}
+            if fitting:
+                rollout, _ = session.sampler.rollout(
+                    [prompts[i] for i in fitting],
+                    n,
+                    suite.sampling,
+                    params=params,
+                    key=key,
+                    request_offset=n * sum(not isinstance(p, int) for p in prompts[:first]),
+                )
+                chosen = [problems[i] for i in fitting]
+                rollout, texts = score_rollout(rollout, chosen, n, session.tokenizer, session.pool)
+                made = rollout_rows(chosen, rollout, texts, n)
+                rows = {i: made[at * n : at * n + n] for at, i in enumerate(fitting)}
+            for i in set(range(first, end)) - rows.keys():
+                rows[i] = _unread(problems[i], prompts[i], session.cfg.sampler.max_prompt, n)
+            ordered = [row for i in range(first, end) for row in rows[i]]
             failures = {k: session.pool.stats[k] - before.get(k, 0) for k in _FAILURES}
+            failures["long prompts"] = n * (end - first - len(fitting))
             seconds = time.monotonic() - start
-            files.append(chosen, rollout, texts, failures, seconds, last=end == len(problems))
-            score = float(rollout.rewards.mean())
-            self._advance(len(texts), files.checkpoint, files.suite, score)
+            files.append(ordered, failures, seconds, last=end == len(problems))
+            score = sum(row["score"] for row in ordered) / len(ordered)
+            self._advance(len(ordered), files.checkpoint, files.suite, score)
 
     def _advance(self, count: int, label: str, name: str, score: float | None = None) -> None:
         self.sampled += count
         shown = {} if score is None else {"score": score}
         self.progress.update(self.sampled, {"at": f"{label}/{name}"} | shown)
+
+
+def _unread(problem: Problem, tokens: int, most: int, n: int) -> list[dict[str, Any]]:
+    """The rows of a problem whose prompt is too long."""
+    reason = f"prompt of {tokens} tokens, more than sampler.max_prompt={most}"
+    return [cell_row(problem, i, "", Verdict(0.0, reason), 0, False) for i in range(n)]
 
 
 def _finish(run: _Evaluation, grid: compare.Grid, about: Mapping[str, Any], seconds: float) -> None:

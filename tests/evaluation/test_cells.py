@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pr2jax.core.config import ConfigError
-from pr2jax.evaluation.cells import CellFiles, digest
+from pr2jax.evaluation.cells import CellFiles, digest, rollout_rows
 from pr2jax.sampler.types import FINISH_LENGTH, FINISH_STOP, Rollout
 from pr2jax.tasks.base import Problem
 
@@ -37,7 +37,8 @@ def rollout(texts, problems):
 
 def add(files, first, last, **failures):
     made, texts = rollout(TEXTS[first:last], PROBLEMS[first:last])
-    files.append(PROBLEMS[first:last], made, texts, failures, 1.5, last=last == len(PROBLEMS))
+    rows = rollout_rows(PROBLEMS[first:last], made, texts, 3)
+    files.append(rows, failures, 1.5, last=last == len(PROBLEMS))
 
 
 def open_files(folder, **made_of):

@@ -67,7 +67,7 @@ def test_full_form_is_valid(name):
 
 
 # These have tests of their own.
-OTHERWISE = ("quickstart", "generate", "pretrain_text", "smollm2_pr2", "curate")
+OTHERWISE = ("quickstart", "generate", "pretrain_text", "smollm2_pr2", "curate", "eval", "plan")
 GROWING = ("emo_text", "emo_9b", "emo_pr2")
 # Real models: their smoke forms are small ones of the same kind, for the slow suite.
 REAL = tuple(c for c in CONFIGS if re.search(r"_a3b_|_7b_", c))
@@ -256,6 +256,18 @@ def test_generate_smoke(trained, tmp_path):
     for row in rows:
         assert len(row["completions"]) == 2
         assert all(len(c["tokens"]) == len(c["logprobs"]) for c in row["completions"])
+
+
+def test_eval_smoke(tmp_path):
+    done = main("--config=configs/eval.py:smoke", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert list(summary["figures"]) == ["random_0", "random_1"]
+    assert list(summary["suites"]) == ["sums", "backwards"]
+    for label in summary["figures"]:
+        lines = (tmp_path / "cells" / label / "sums.jsonl").read_text(encoding="utf-8")
+        assert lines.count("\n") == 24
+    assert "random_1 - random_0" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
