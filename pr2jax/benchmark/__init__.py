@@ -8,6 +8,7 @@
   python -m pr2jax.benchmark divergence                     how often programs of the sampler part
   python -m pr2jax.benchmark peaks  [--peer=torch]          what the machine multiplies
   python -m pr2jax.benchmark curate [--rows=100000]         what curation finds, and its cost
+  python -m pr2jax.benchmark sandbox [--rows=1000]          what isolation costs a program
 
 Each side is a process of its own (`serve.py`), kept alive, and told when to work: ours, peer,
 ours, peer, ..., never two at once, so that a machine that slows down slows both. The peer runs in
@@ -51,5 +52,9 @@ bytes_per_second} (read + write of a block in place).
 
 of curate: `curation` {rows, input_bytes, planted {KIND: {planted, found, dropped_otherwise}},
 fresh_dropped, false_hits {clean, leaked_but_not_planted}, dropped {REASON: rows}, near, seconds,
-stages {NAME: seconds}, rows_per_second, peak_rss_bytes, prepare_peak_rss_bytes}.
+cpu_seconds, stages {NAME: seconds}, rows_per_second, peak_rss_bytes, prepare_peak_rss_bytes}.
+
+of sandbox: `start[]` {name ("plain", an interpreter's start, or a tier), median, min, max,
+over_plain (seconds), tries}, `missing` {TIER: why}, `parallel` {programs, workers, seconds, per_second,
+wrong_verdicts, tier}.
 """

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pr2jax.benchmark import commands, curation, machine
+from pr2jax.benchmark import commands, curation, machine, programs
 from pr2jax.benchmark import experts as pools
 from pr2jax.benchmark.commands import Options
 from pr2jax.benchmark.sides import BenchmarkError
@@ -32,9 +32,14 @@ COMMANDS: dict[str, tuple[Callable[[Options], tuple[dict, str]], tuple[str, ...]
     "divergence": (commands.divergence, (), _DECODE),
     "peaks": (commands.peaks, ("torch",), ()),
     "curate": (curation.curate, (), ("rows",)),
+    "sandbox": (programs.sandbox, (), ("rows",)),
 }
 # Sizes that are not FULL's, and the smoke form's.
-OWN_SIZES = {"curate": ({"rows": 100_000}, {"rows": 2_000})}
+OWN_SIZES = {
+    "curate": ({"rows": 100_000}, {"rows": 2_000}),
+    "sandbox": ({"rows": 1000}, {"rows": 8}),
+}
+_WITHOUT_MODEL = ("curate", "sandbox")
 _TIMED = ("train", "decode", "grpo", "pr2", "experts")
 
 
@@ -52,14 +57,14 @@ def parser() -> argparse.ArgumentParser:
         for size in sizes:
             default = OWN_SIZES.get(name, ({}, {}))[0].get(size, getattr(FULL, size))
             sub.add_argument(f"--{size}", type=int, help=f"default {default}")
-        if name != "curate":
+        if name not in _WITHOUT_MODEL:
             sub.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
         rounds = 1 if name == "curate" else 5
         sub.add_argument("--repeats", type=int, default=rounds, help="rounds (peaks: tries)")
         if name in _TIMED:
             sub.add_argument("--steps", type=int, default=1, help="steps of a side in a round")
             sub.add_argument("--profile", type=Path, help="trace one more round of ours into it")
-        if name not in ("peaks", "curate"):
+        if name not in ("peaks", *_WITHOUT_MODEL):
             sub.add_argument("--set", action="append", default=[], metavar="model.KEY=VALUE")
         sub.add_argument("--compilation_cache", default="off", help="folder; default: off")
         sub.add_argument("--json", type=Path, help="file for the figures")

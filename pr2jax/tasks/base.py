@@ -157,6 +157,13 @@ class TaskConfig:
             if not 0.0 <= getattr(self, key) <= 1.0:
                 raise ConfigError(f"{key}: {getattr(self, key)} is not in [0, 1]")
 
+    @property
+    def held_out_size(self) -> int:
+        """Held-out problems this asks for, over all parts."""
+        if self.kind != MIXTURE:
+            return self.held_out
+        return sum(part.held_out_size for part in self.parts.values())
+
     def _validate_mixture(self) -> None:
         if not self.parts:
             raise ConfigError("parts: a mixture needs at least one")

@@ -269,7 +269,7 @@ class Config:
                 )
         if self.mode in ("rl", "sft_then_rl"):
             self._validate_rl()
-        if self.mode == "sft_then_rl" and (self.sft.eval_every or self.sft.task.held_out):
+        if self.mode == "sft_then_rl" and (self.sft.eval_every or self.sft.task.held_out_size):
             raise ConfigError(
                 "sft.task.held_out: mode 'sft_then_rl' evaluates rl_task's; leave it and "
                 "sft.eval_every at 0"
