@@ -21,7 +21,7 @@ _BOX_TOKEN = re.compile(r"\\\\?(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BOX_START = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACES = re.compile(r"[{}]")
 _SPANS = 8  # the last so many {...} of a text are tried as JSON
-_INFO = re.compile(r"([\w+#.-]{0,40})[ \t]{0,40}(\n?)")
+_INFO = re.compile(r"([\w+#.-]{0,40})[ \t\r]{0,40}(\n?)")
 
 
 class Fence(NamedTuple):

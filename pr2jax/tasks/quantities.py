@@ -132,6 +132,8 @@ def _with_unit(value: Fraction, currency: str, rest: str, decimals: int | None) 
 
 def is_unit(text: str) -> bool:
     """Whether `text` could be a unit, a word counted, or a product of such: m/s^2, square feet."""
+    if re.match(r"[exEX]\d", text):  # the rest of 0x10, 1e99999
+        return False
     return bool(_UNIT.fullmatch(text)) and not _NO_UNITS.search(text)
 
 

@@ -30,6 +30,7 @@ _KINDS = {
 }  # fmt: skip
 # Options of a question, each at the start of a line or after a space: "A) ", "(B) ", "C. ".
 _OPTION = re.compile(r"(?:^|\s)\(?([A-J])[).:]\s")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORD = re.compile(r"[A-Za-z]{4,}")
 
 
@@ -49,7 +50,7 @@ def kind_of(problem: Problem) -> str:
         return "numeric"
     if kind in ("text", "formula"):
         return kind
-    words = _WORD.search(quantities.plain(reference).replace("\\", " \\"))
+    words = _WORD.search(_COMMAND.sub(" ", quantities.plain(reference)))
     signs = any(sign in reference for sign in "=^\\_")
     return "formula" if signs and not words else "text"
 
@@ -72,7 +73,8 @@ def verify(problem: Problem, response: str) -> Verdict | JudgeRequest:
     found = answers.stated(problem, response)
     if found is None or not found:
         return Verdict(0.0, NO_ANSWER)
-    if same_text(found, problem.answer):
+    # Case tells V from v and mW from MW, but in prose it says nothing.
+    if found == problem.answer or (kind == "text" and same_text(found, problem.answer)):
         return Verdict(1.0)
     if kind == "numeric":
         return _numeric(problem, found, response)

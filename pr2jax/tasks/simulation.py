@@ -10,7 +10,6 @@ JSON or as a literal.
 import ast
 import dataclasses
 import json
-import math
 import re
 from typing import Any
 
@@ -252,7 +251,7 @@ def same_value(a: Any, b: Any, depth: int = 0) -> bool:
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, int | float) and isinstance(b, int | float):
-        return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a + b))
+        return a == b or (a != a and b != b)
     if type(a) is not type(b):
         return False
     if isinstance(a, list | tuple):
