@@ -18,7 +18,7 @@ from pr2jax.tasks.sandbox import Run, Sandbox
 from pr2jax.tasks.tools import Tools
 
 _LANGUAGES = ("python", "python3", "py")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 ABS_TOL, REL_TOL = 1e-6, 1e-9
 
 

@@ -143,7 +143,7 @@ _READ = {
     "b": bool,
     "i": lambda x: int(x, 16),
     "f": float.fromhex,
-    "s": str,
+    "s": lambda text: str.__str__(text),
     "y": bytes.fromhex,
     "a": bytearray.fromhex,
     "c": lambda a, b: complex(float.fromhex(a), float.fromhex(b)),
