@@ -356,7 +356,7 @@ def check_runs(runs: Sequence[SweepRun]) -> None:
         _, y = run.bucketed()
         gains.append(y[-max(len(y) // 3, 1) :].mean() - y[0])
     error = np.std(gains, ddof=1) / np.sqrt(len(gains))
-    if not np.mean(gains) > 2.0 * error:
+    if not np.mean(gains) > max(2.0 * error, 1e-9):
         raise ConfigError(
             f"runs: the validation score does not rise (by {np.mean(gains):+.3f} in the mean over "
             f"{len(gains)} runs, standard error {error:.3f}): nothing to fit"
