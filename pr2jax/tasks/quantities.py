@@ -47,14 +47,14 @@ _MIXED = re.compile(r"(\d{1,30})\s(\d{1,30})\s?/\s?(\d{1,30})(?![\d.,])")
 # Letters first; digits only right after a letter, a ^ or their sign.
 _UNIT = re.compile(r"[^\W\d_⁰¹²³⁴-⁹][\w°'\"′″()/·*^.⁻⁰¹²³⁴-⁹ -]{0,80}|[°'\"′″][\w/]{0,9}")
 # A small n is a variable, a capital one the newton.
+# Variables in small letters (N and I are units), and words that make it another answer.
 _NO_UNITS = re.compile(
-    r"\b(?:or|and|nor|to|not|no|is|are|but|e|i|x|y|z|n|pi|π|sqrt|frac|log|ln|sin|cos|tan|mod|either|"
+    r"\b(?:[exyzni]|pi|π|(?i:or|and|nor|to|not|no|is|are|but|sqrt|frac|log|ln|sin|cos|tan|mod|either|"
     r"else|if|then|maybe|perhaps|possibly|approximately|about|between|plus|minus|times|over|through|"
     r"at|least|most|more|less|than|fewer|greater|except|unless|when|where|for|with|without|other|any|"
     r"all|many|some|several|infinitely|unknown|wrong|can|could|may|might|must|should|guess|think|"
     r"dozens?|hundreds?|tenths?|hundredths?|thousandths?|half|halves|thirds?|quarters?|fourths?|"
-    r"fifths?|sixths?|eighths?|squared|cubed|factorial|only|exactly|solutions?)\b",
-    re.IGNORECASE,
+    r"fifths?|sixths?|eighths?|squared|cubed|factorial|only|exactly|solutions?))\b"
 )
 
 
