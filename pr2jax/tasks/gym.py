@@ -32,6 +32,7 @@ UNSOUND = {
     "codeio": _UNSTEADY,
     "knight_swap": _UNSTEADY,
     "puzzle24": "it accepts numbers other than the puzzle's",
+    "intermediate_integration": "1 in 22 of its stored answers is the integral, not its value",
     "composite": "its items are other generators'; name 'mixture' mixes them",
 }
 # These give the answer to Python's `eval`, or to sympy's `parse_expr`, which is one too: they see

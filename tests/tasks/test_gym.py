@@ -200,7 +200,8 @@ def test_building_and_scoring_import_no_jax():
 def test_answers_that_are_code_reach_no_eval(name, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONHASHSEED", "0")  # this test does not need the same problems
     file = tmp_path / "made"
-    task = build_task(TaskConfig(name=f"reasoning_gym/{name}", size=1, held_out=0))
+    cfg = TaskConfig(name=f"reasoning_gym/{name}", size=1, held_out=0, allow_unsound=True)
+    task = build_task(cfg)
     make = f"open({str(file)!r}, 'w')"
     letters = "+".join(f"chr({ord(c)})" for c in make)
     attacks = (
@@ -221,7 +222,11 @@ def test_answers_that_are_code_reach_no_eval(name, tmp_path, monkeypatch):
 def test_an_integral_is_no_antiderivative():
     # reasoning-gym itself gives 1.0 for this.
     for name in ("simple_integration", "intermediate_integration"):
-        problem = build_task(TaskConfig(name=f"reasoning_gym/{name}", size=1, held_out=0)).train[0]
+        # Of seed 1, the second one's first answer is a closed form, as all of the first one's are.
+        cfg = TaskConfig(
+            name=f"reasoning_gym/{name}", size=1, held_out=0, seed=1, allow_unsound=True
+        )
+        problem = build_task(cfg).train[0]
         metadata = problem.meta["entry"]["metadata"]
         cheat = f"Integral({metadata['integrand']}, {metadata['variable']})"
         assert score(problem, cheat).score == 0.0
