@@ -10,8 +10,8 @@ rates that the rows bring (--config.curate.difficulty=columns) or that are measu
   --config.curate.difficulty=models --config.curate.weak=DIR --config.curate.strong=DIR
 with answers sampled as eval.sampling says, to prompts made as rl_task's templates say.
 Expect WORKDIR/data/part-*.parquet, dropped.jsonl, near.jsonl, contamination.jsonl, malformed.jsonl
-and report.html; some 3,000 to 4,000 rows a second on one core, and 0.6 GB for 100K rows
-(docs/results/curation.md). Run again after a kill, it goes on. `:smoke` takes a small set that
+and report.html; what it costs is in docs/results/curation.md.
+Run again after a kill, it goes on. `:smoke` takes a small set that
 has something for each rule.
 """
 

@@ -64,6 +64,7 @@ def curate(options: Options) -> tuple[dict[str, Any], str]:
             "dropped": summary["rows"],
             "near": summary["near"],
             "seconds": table.spread(seconds),
+            "cpu_seconds": table.spread([r["cpu_seconds"] for r in rounds]),
             "stages": {
                 name: table.spread([r["summary"]["seconds"][name] for r in rounds])
                 for name in summary["seconds"]
@@ -102,7 +103,8 @@ def _text(figures: dict[str, Any]) -> str:
             f"fresh rows dropped: {figures['fresh_dropped']:,}; hits in the clean set: "
             f"{figures['false_hits']['clean']:,}",
             f"{figures['rows_per_second']['median']:,.0f} rows/s "
-            f"({figures['seconds']['median']:.1f} s; {stages})",
+            f"({figures['seconds']['median']:.1f} s; {stages}); "
+            f"{figures['cpu_seconds']['median']:.1f} s of CPU time",
             f"peak memory {figures['peak_rss_bytes'] / 1e6:,.0f} MB, "
             f"{figures['prepare_peak_rss_bytes'] / 1e6:,.0f} MB of it before the first row",
         ]

@@ -2,9 +2,9 @@
 
 Files name other fields in `extra_info`, and give an answer as a text here and as a list there.
 A column keeps its type where all rows agree. Where they do not, it is text: scalars as `str` makes
-them, lists and objects as JSON, which is how `rows.parse_row` reads an answer. Objects with other
-keys in other rows become JSON too, except the row, `reward_model`, `extra_info` and the messages,
-where a key that a row has not is null.
+them, lists and objects (without keys that are null) as JSON, which is how `rows.parse_row` reads
+an answer. Objects with other keys in other rows become JSON too, except the row, `reward_model`,
+`extra_info` and the messages, where a key that a row has not is null.
 """
 
 import json
@@ -78,6 +78,9 @@ def fitted(value: Any, kind: Kind) -> Any:
     if kind["kind"] == "text":
         if isinstance(value, str):
             return value
+        if isinstance(value, Mapping):
+            # In a column of objects each has the keys of all.
+            value = {key: v for key, v in value.items() if v is not None}
         nested = isinstance(value, list | Mapping)
         return json.dumps(value, ensure_ascii=False, default=str) if nested else str(value)
     if kind["kind"] == "list":

@@ -142,13 +142,17 @@ class CurateConfig:
 
 
 def question_of(row: dict[str, Any]) -> str:
-    """The question of a Guru row: the prompt without its system messages.
+    """The question of a Guru row: the prompt without its system messages, or `raw_prompt` where
+    the prompt is empty, as for base models.
 
     Raises ValueError where the prompt is neither a text nor messages with one.
     """
     prompt = row.get("prompt")
     if isinstance(prompt, str) and prompt.strip():
         return prompt
+    raw = row.get("raw_prompt")
+    if not prompt and isinstance(raw, str) and raw.strip():
+        return raw
     if not isinstance(prompt, list) or not prompt:
         raise ValueError("prompt is neither a text nor a list of messages")
     asked = [m for m in prompt if not (isinstance(m, dict) and m.get("role") == "system")]

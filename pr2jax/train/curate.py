@@ -67,17 +67,22 @@ def run_curate(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
     config = json.loads(json.dumps(dataclasses.asdict(cfg)))
     write_json(root / "config.json", config)
 
+    seconds: dict[str, float] = {}
     read = stages.read_inputs(curate, inputs, root)
+    seconds[read.name] = read.finish()
     index, kind = stages.load_index(read, inputs, curate)
     texts = Texts(read, index)
     stages.drop_same(index)
     contained = stages.drop_contained(curate, index, texts, root, read)
+    seconds[contained.name] = contained.finish()
     near, compared = stages.drop_near(curate, index, texts, read, root, contained)
+    seconds[near.name] = near.finish()
     leaks, looked_for = stages.drop_leaks(curate, index, texts, read, root, near)
+    seconds[leaks.name] = leaks.finish()
     last = _difficulty(cfg, inputs, index, root, leaks)
-
+    seconds[last.name] = last.finish()
     written = _write_data(cfg, inputs, index, kind, root, last)
-    seconds = {s.name: s.finish() for s in (read, contained, near, leaks, last, written)}
+    seconds[written.name] = written.finish()
     malformed = list(stages.malformed_of(read, -(-inputs.total // curate.shard_rows)))
     examples = _write_reasons(inputs, index, texts, leaks, malformed, root)
     looked_for["hits"] = sum(1 for _ in stages.leaks_of(leaks, index))

@@ -29,10 +29,11 @@ _FORMAT = 1  # of what the stages keep; another one begins anew
 
 
 def guru(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its prompt as messages, whatever it was."""
-    if isinstance(row["prompt"], str):
-        return row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
-    return row
+    """The row with its prompt as messages, whatever it was; none where it is empty."""
+    prompt = row.get("prompt") or []
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return row | {"prompt": prompt}
 
 
 def _rate(row: dict[str, Any], column: str) -> float:
@@ -81,10 +82,20 @@ def read_inputs(cfg: CurateConfig, inputs: Inputs, root: Path) -> Stage:
     first = next((k for k in range(parts) if not stage.has(k)), parts)
     stream = inputs.read(first * cfg.shard_rows)
     compare, code = Comparable(cfg.boilerplate), TokenCodes()
+    tasks = [TaskConfig(name=f"jsonl:{path}") for path in inputs.paths]  # no templates of its own
     for k in stage.todo(range(parts), "reading"):
         part = _Part()
         for position, file, line, row in stream:
-            _take(part, cfg, inputs.paths[file], (position, file, line), row, compare, code)
+            _take(
+                part,
+                cfg,
+                tasks[file],
+                inputs.paths[file],
+                (position, file, line),
+                row,
+                compare,
+                code,
+            )
             if position + 1 == min((k + 1) * cfg.shard_rows, inputs.total):
                 break
         _write(stage, k, part, cfg)
@@ -95,6 +106,7 @@ def read_inputs(cfg: CurateConfig, inputs: Inputs, root: Path) -> Stage:
 def _take(
     part: _Part,
     cfg: CurateConfig,
+    task: TaskConfig,
     path: str,
     where: tuple[int, int, int],
     row: dict[str, Any] | Exception,
@@ -105,7 +117,7 @@ def _take(
     try:
         if isinstance(row, Exception):
             raise row
-        problem = parse_row(TaskConfig(name=f"jsonl:{path}"), f"{path}:{where[2]}", row)
+        problem = parse_row(task, f"{path}:{where[2]}", row)
         text = compare(question_of(row))
         rates = [_rate(row, column) for column in cfg.columns()]
     except ValueError as error:

@@ -24,6 +24,13 @@ def test_boilerplate_is_no_part_of_a_question():
     assert compare("Please answer in \\boxed{}.") == "please answer in \\boxed{}."  # all there is
 
 
+def test_an_empty_prompt_leaves_it_to_the_raw_one():
+    for prompt in ([], "", None):
+        assert filters.question_of({"prompt": prompt, "raw_prompt": "Q: 1 + 1?"}) == "Q: 1 + 1?"
+    asked = [{"role": "user", "content": "Who?"}]
+    assert filters.question_of({"prompt": asked, "raw_prompt": "Q: 1 + 1?"}) == "Who?"
+
+
 @pytest.mark.parametrize(
     ("prompt", "question"),
     [
@@ -137,7 +144,7 @@ def test_what_all_rows_agree_on_comes_back_as_it_was():
 
 
 def test_answers_of_different_types_become_text():
-    truths = ["7", 7, 7.5, ["a", "b"], {"header": ["h"], "rows": [["1"]]}]
+    truths = ["7", 7, 7.5, ["a", "b"], {"header": ["h"], "rows": [["1"]], "other": None}]
     found = through_arrow([{"reward_model": {"ground_truth": truth}} for truth in truths])
     assert [row["reward_model"]["ground_truth"] for row in found] == [
         *("7", "7", "7.5", '["a", "b"]', '{"header": ["h"], "rows": [["1"]]}')

@@ -320,6 +320,7 @@ def test_rates_are_measured_with_models(tmp_path):
         "--config.curate.samples=4",
         "--config.curate.batch=8",
         "--config.curate.too_hard=0.0",
+        "--config.sampler.slots=16",
         "--config.sampler.max_prompt=32",
         "--config.sampler.max_tokens=4",
         "--config.eval.sampling.max_tokens=4",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ def serve(channel: Channel, params: dict[str, Any]) -> None:
 
     def measure(message: dict[str, Any]) -> dict[str, Any]:
         workdir = Path(params["workdir"]) / f"round_{message['round']}"
+        began = time.process_time()
         run_curate(cfg, str(workdir))
+        cpu = time.process_time() - began
         summary = json.loads((workdir / SUMMARY).read_text(encoding="utf-8"))
-        return {"workdir": str(workdir), "summary": summary}
+        return {"workdir": str(workdir), "summary": summary, "cpu_seconds": cpu}
 
     channel.loop({"versions": versions()}, measure)
