@@ -118,7 +118,7 @@ def get_config(arg: str = ""):
         tokenizer=TokenizerConfig(kind="char", alphabet=">abcdefghijklmnopqrstuvwxyz"),
         sft=SFTConfig(
             task=_words(3, 5, 64 if smoke else 4000, 0, seed=1),
-            steps=2 if smoke else 320,
+            steps=2 if smoke else 170,
             batch=4 if smoke else 16,
             row_length=96,
             optim=OptimConfig(
@@ -131,7 +131,7 @@ def get_config(arg: str = ""):
                 b2=0.98,
             ),
         ),
-        rl_task=_words(5, 5, 32 if smoke else 3000, 16 if smoke else 1500, seed=2),
+        rl_task=_words(5, 5, 32 if smoke else 3500, 16 if smoke else 1500, seed=2),
         rl=RLConfig(
             prompts_per_batch=4 if smoke else PROMPTS,
             micro_batch=8 if smoke else 64,

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from pr2jax.core.config import ConfigError, from_config_dict
+from pr2jax.sampler.types import Rollout
 from pr2jax.scaling.sampling_law import RewardCurve
-from pr2jax.tasks.base import Problem, Task, TaskConfig
+from pr2jax.tasks.base import Problem, Task, TaskConfig, Verdict
 from pr2jax.train import budget_report, plan, regimes, study
 from pr2jax.train.config import Config
 from pr2jax.train.study_config import REGIMES, PlanConfig, RegimeConfig
@@ -127,6 +128,83 @@ def test_the_regime_takes_what_lies_in_it(tmp_path):
     session.cfg = dataclasses.replace(cfg, rl=dataclasses.replace(cfg.rl, prompts_per_batch=3))
     with pytest.raises(ConfigError, match=r"regime: 2 of 4 train problems have 0.25 <= avg@4"):
         regimes._summarise(session, splits, scores, chosen)
+
+
+class FakeSampler:
+    """Answers "0" or "1" by a hash of the request's number: what is drawn is keyed by it."""
+
+    def __init__(self, stop_after=None):
+        self.calls, self.stop_after = 0, stop_after
+
+    def rollout(self, prompts, n, sampling, *, params, key, request_offset):
+        if self.calls == self.stop_after:
+            raise KeyboardInterrupt
+        self.calls += 1
+        rows = len(prompts) * n
+        bits = (np.arange(request_offset, request_offset + rows) * 2654435761 >> 7) & 1
+        tokens = np.stack([np.full(rows, 9), bits], axis=1)
+        ones, zeros = np.ones(rows, np.int32), np.zeros(rows, np.int32)
+        rollout = Rollout(
+            tokens=tokens,
+            prompt_lengths=ones,
+            lengths=2 * ones,
+            loss_mask=np.ones((rows, 2), np.float32),
+            behavior_logprobs=np.zeros((rows, 2), np.float32),
+            routes=None,
+            prompt_ids=zeros,
+            group_ids=zeros,
+            policy_version=np.zeros((rows, 2), np.int32),
+            finish=zeros,
+            rewards=np.zeros(rows, np.float32),
+        )
+        return rollout, None
+
+
+class FakeTokenizer:
+    eos_id = 1
+
+    def decode(self, ids):
+        return "".join(map(str, ids))
+
+
+class FakePool:
+    def score_batch(self, items):
+        return [Verdict(float(text == "1")) for _, text in items]
+
+
+def test_scores_that_were_interrupted_go_on_the_same(tmp_path):
+    cfg = Config(mode="difficulty", regime=RegimeConfig(4))
+    cfg = dataclasses.replace(cfg, sampler=dataclasses.replace(cfg.sampler, slots=2))
+    pool = problems(*"abcdefg")  # two a call: 4 waves of 2 slots for 4 answers each
+    splits = ["held_out"] * 2 + ["train"] * 5
+
+    def session(folder, sampler):
+        folder.mkdir(exist_ok=True)
+        made = FakeSession(cfg, folder)
+        made.sampler, made.pool, made.tokenizer = sampler, FakePool(), FakeTokenizer()
+        made.encode, made.initial_params = lambda problem: [9], lambda: None
+        made.key = lambda *names: None
+        return made
+
+    whole = regimes._measure(session(tmp_path / "whole", FakeSampler()), pool, splits)
+    bits = (np.arange(28) * 2654435761 >> 7) & 1
+    np.testing.assert_array_equal(whole, bits.reshape(7, 4))
+    folder = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        regimes._measure(session(folder, FakeSampler(stop_after=2)), pool, splits)
+    path = folder / "scores.jsonl"
+    path.write_text(path.read_text() + '{"id": "e", "spl')  # killed while it wrote
+    sampler = FakeSampler()
+    again = regimes._measure(session(folder, sampler), pool, splits)
+    np.testing.assert_array_equal(again, whole)
+    assert sampler.calls == 2  # e and f, g
+    done = session(folder, FakeSampler(stop_after=0))
+    np.testing.assert_array_equal(regimes._measure(done, pool, splits), whole)
+    with pytest.raises(ConfigError, match="holds scores of other problems"):
+        regimes._measure(done, problems(*"xbcdefg"), splits)
+    done.cfg = dataclasses.replace(cfg, regime=RegimeConfig(8))
+    with pytest.raises(ConfigError, match="holds scores of another configuration"):
+        regimes._measure(done, pool, splits)
 
 
 # ------------------------------------------------------------------ report
