@@ -9,6 +9,7 @@ matching, wrong with a probability that can be neglected. What cannot be evaluat
 import functools
 import math
 import random
+import threading
 from typing import Any
 
 REL_TOL, ABS_TOL = 1e-6, 1e-4  # of numbers one of which is a decimal: both must hold
@@ -28,8 +29,11 @@ class TooLarge(ValueError):
 def read(text: str) -> Any:
     """The sympy expression of a clean LaTeX text, None where it is none.
 
-    Raises TooLarge.
+    Raises TooLarge, and RuntimeError outside of a process's main thread, where time cannot be
+    limited.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("math answers are read in a main thread only: use a VerifierPool")
     import sympy
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig

@@ -4,6 +4,7 @@ Each line of the file has a reference, answers that equal it, and answers that d
 their meaning. Where habits differ, the conventions are those at the head of `pr2jax.tasks.math`.
 """
 
+import concurrent.futures
 import json
 import pathlib
 import time
@@ -93,6 +94,13 @@ def test_reasons():
     assert "read '2'" in score(problem, r"so \boxed{2}").reason
     with pytest.raises(ValueError, match="reference answer of p cannot be read"):
         score(Problem("p", "?", " ", "math__test"), r"\boxed{1}")
+
+
+def test_another_thread_is_an_error_and_no_zero():
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        found = threads.submit(math.decide, "x+1", "1+x")
+        with pytest.raises(RuntimeError, match="use a VerifierPool"):
+            found.result()
 
 
 @pytest.mark.parametrize(
