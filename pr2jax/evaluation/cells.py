@@ -90,12 +90,11 @@ class CellFiles:
         }
         if self.state.exists():
             self._at = json.loads(self.state.read_text(encoding="utf-8"))
-            other = [k for k, v in made_of.items() if self._at["made_of"].get(k) != v]
+            other = _difference(self._at["made_of"], made_of)
             if other:
                 raise ConfigError(
-                    f"evaluation: {self.state} was made with another {other[0]}: "
-                    f"{self._at['made_of'].get(other[0])}, now {made_of[other[0]]}; remove it, or "
-                    "take another --workdir"
+                    f"evaluation: {self.state} was made with another {other}; remove it, or take "
+                    "another --workdir"
                 )
 
     @property
@@ -167,6 +166,18 @@ class CellFiles:
             failures=self._at["failures"],
             seconds=self._at["seconds"],
         )
+
+
+def _difference(before: Any, now: Any, key: str = "") -> str:
+    """ "dotted.key: BEFORE, now NOW" of the first thing that differs; empty where nothing does."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return "" if before == now else f"{key}: {before}, now {now}"
+    for name in sorted(before.keys() | now.keys()):
+        path = f"{key}.{name}" if key else name
+        found = _difference(before.get(name), now.get(name), path)
+        if found:
+            return found
+    return ""
 
 
 def row(problem: Problem, sample: int, text: str, verdict: Verdict, tokens: int, cut: bool):
