@@ -156,7 +156,7 @@ class _Jail:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
-                env={"PATH": os.defpath, "HOME": "/nonexistent", "LC_ALL": "C.UTF-8"},
+                env={"PATH": os.defpath} | _ENVIRONMENT,
                 bufsize=0,
                 start_new_session=True,
             )
@@ -193,7 +193,7 @@ class _Jail:
         inner = [python, "-s", "-S", "-B", "-P", "-X", "utf8", str(JAIL / "zygote.py")]
         inner.append(json.dumps(zygote))
         if package is None:
-            return ["/usr/bin/env", "-i", "PYTHONHASHSEED=0", "HOME=/nonexistent", *inner]
+            return inner
         readable = [python, str(home), *entries, *_shared_libraries(), str(package), str(JAIL)]
         for name in self.cfg.packages:
             readable += _with_libraries(_package_root(name))
@@ -201,13 +201,7 @@ class _Jail:
             "readable": [*readable, workdir, *_DEVICES],
             "writable": [workdir] if bwrap else [],
             "workdir": workdir,
-            "environment": {
-                "HOME": "/nonexistent",
-                "PATH": "",
-                "PYTHONHASHSEED": "0",
-                "PYTHONHOME": str(home),
-                "OPENBLAS_NUM_THREADS": "1",
-            },
+            "environment": _ENVIRONMENT | {"PATH": "", "PYTHONHOME": str(home)},
             # The zygote and the monitor are two of them.
             "processes": self.cfg.processes + 2,
             "deny": list(_DENIED),
@@ -223,7 +217,7 @@ class _Jail:
         shown |= {os.path.dirname(os.path.realpath(sys._base_executable))}
         shown |= {str(_package_root(name).parent) for name in self.cfg.packages}
         out = [str(bwrap_path()), "--unshare-all", "--new-session", "--die-with-parent"]
-        out += ["--cap-drop", "ALL", "--clearenv", "--setenv", "HOME", "/nonexistent"]
+        out += ["--cap-drop", "ALL"]
         for path in ("/bin", "/lib", "/lib64", "/etc/ld.so.cache"):
             if os.path.islink(path):
                 out += ["--symlink", os.readlink(path), path]
@@ -300,6 +294,15 @@ class _Jail:
         self._folder.cleanup()
 
 
+# All that a program's environment holds, but for PATH. An interpreter may have its own shared
+# library beside it.
+_ENVIRONMENT = {
+    "HOME": "/nonexistent",
+    "LC_ALL": "C.UTF-8",
+    "LD_LIBRARY_PATH": f"{sys.base_prefix}/lib",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+}
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 

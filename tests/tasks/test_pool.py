@@ -8,8 +8,8 @@ import time
 import pytest
 
 from pr2jax.tasks.base import Problem, TaskConfig
-from pr2jax.tasks.registry import build_task
 from pr2jax.tasks.pool import VerifierPool
+from pr2jax.tasks.registry import build_task
 
 HERE = pathlib.Path(__file__).parent
 PROBLEM = Problem("p", "?", "ok", "test")

