@@ -4,7 +4,7 @@ As the IsoCompute study does it: validation scores are bucketed over compute, ea
 record-breaking points are kept, a monotone sigmoid R(C) is fitted for each n, the upper envelope
 of the curves says n*(C), and a sigmoid in log10 C is fitted to log2 n*. The n of the highest curve
 moves in steps of what was run, and near the optimum the curves lie close; so the envelope's n is
-where the parabola (least squares in log2 n) of the best n and two on either side is highest.
+where the parabola (least squares in log2 n) of the best n and three on either side is highest.
 Intervals come from refits on resampled runs. float64; deterministic.
 """
 
@@ -31,7 +31,7 @@ GRID = 64
 # n* has no meaning where no n has learned anything yet: the range starts where the envelope has
 # risen by this share of its whole rise.
 RISEN = 0.1
-_AROUND = 2  # values of n on either side of the best, of whose curves the envelope's n is made
+_AROUND = 3  # values of n on either side of the best, of whose curves the envelope's n is made
 _SLOPES = (0.5, 50.0)  # of log2 n*; the upper end is a step
 _EFFICIENCIES = (0.1, 20.0)
 _LN10 = math.log(10.0)
