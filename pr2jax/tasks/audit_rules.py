@@ -62,4 +62,28 @@ def sokoban(metadata: dict[str, Any], answer: str) -> bool:
     return boxes <= goals
 
 
-_RULES: dict[str, Callable[[dict[str, Any], str], bool]] = {"jugs": jugs, "sokoban": sokoban}
+def queens(metadata: dict[str, Any], answer: str) -> bool:
+    """Whether no two queens attack each other, one stands in each row, and those given stand."""
+    board = [line.split() for line in answer.splitlines()]
+    places = [(i, j) for i, row in enumerate(board) for j, cell in enumerate(row) if cell == "Q"]
+    given = {
+        (i, j)
+        for i, row in enumerate(metadata["puzzle"])
+        for j, cell in enumerate(row)
+        if cell == "Q"
+    }
+    lines = [
+        {i for i, _ in places},
+        {j for _, j in places},
+        {i + j for i, j in places},
+        {i - j for i, j in places},
+    ]
+    size = len(metadata["puzzle"])
+    return given <= set(places) and len(places) == size and all(len(x) == size for x in lines)
+
+
+_RULES: dict[str, Callable[[dict[str, Any], str], bool]] = {
+    "jugs": jugs,
+    "n_queens": queens,
+    "sokoban": sokoban,
+}

@@ -118,6 +118,18 @@ def test_sokoban_by_hand():
     assert not audit_rules.also_right(other, "1")
 
 
+def test_queens_by_hand():
+    # Both solutions on 4 x 4; the first queen is given, or none is.
+    first, second = "_ Q _ _\n_ _ _ Q\nQ _ _ _\n_ _ Q _", "_ _ Q _\nQ _ _ _\n_ _ _ Q\n_ Q _ _"
+    given = {"puzzle": [list("_Q__"), *([list("____")] * 3)]}
+    free = {"puzzle": [list("____")] * 4}
+    assert audit_rules.queens(given, first)
+    assert not audit_rules.queens(given, second)
+    assert audit_rules.queens(free, second)
+    assert not audit_rules.queens(free, "Q _ _ _\n_ _ Q _\n_ _ _ _\n_ Q _ _")
+    assert not audit_rules.queens(free, "Q _ _ _\n_ _ _ Q\n_ Q _ _\n_ _ Q _")  # a diagonal
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
