@@ -5,8 +5,8 @@
 A small Mixture-of-Experts is warmed up by SFT on solved problems of all six domains (our own
 generators at their level "tiny"), then goes on by GRPO + PR2 from the verifiers' verdicts: boxed
 numbers, programs run in the sandbox, letters and quantities, orderings and walks, JSON of a traced
-function, lookups in tables. Format is a reward term of its own. The report shows every domain's
-reward and held-out pass@1. `:smoke` takes two steps of each.
+function, lookups in tables. Ending early is a small reward term of its own. The report shows every
+domain's reward and held-out pass@1. `:smoke` takes two steps of each.
 
 `:guru` is the recipe of arXiv 2506.14965 for a checkpoint and the published parquet files:
   --config=configs/six_domains.py:guru --config.init_from=DIR \\
@@ -24,7 +24,10 @@ from pr2jax.replay.modes import ReplayConfig
 from pr2jax.rl.types import PREDICTOR_GROUP, RLConfig, predictor_group
 from pr2jax.sampler.types import SamplerConfig, SamplingParams
 from pr2jax.tasks.base import TaskConfig
+from pr2jax.tasks.rewards import RewardTerm
+from pr2jax.tasks.sandbox import SandboxConfig
 from pr2jax.train.config import Config, EvalConfig, LoopConfig, SFTConfig
+from pr2jax.train.verifier_config import VerifierConfig
 
 # Domain -> generators of our own (tasks/generated).
 PARTS = {
@@ -90,6 +93,7 @@ def _small(smoke: bool) -> Config:
             sampling=sampling,
             length_bucket=12,
             eval_every=0 if smoke else 20,
+            rewards={"short": RewardTerm(kind="length", weight=0.05, target=28, max=TOKENS)},
             optim=OptimConfig(
                 learning_rate=1e-4,
                 warmup_steps=8,
@@ -109,6 +113,8 @@ def _small(smoke: bool) -> Config:
         eval=EvalConfig(
             samples=4, ks=(1, 4), quick_problems=120, quick_samples=2, sampling=sampling
         ),
+        # A worker's limit is above that of the programs it runs.
+        verifier=VerifierConfig(timeout_s=20.0, sandbox=SandboxConfig(timeout_s=2.0)),
         loop=LoopConfig(checkpoint_every=0 if smoke else 20),
     )
 

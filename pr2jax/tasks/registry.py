@@ -27,6 +27,8 @@ def _pure(verify: Callable[[Problem, str], Scored]) -> Verifier:
     return lambda problem, response, tools: verify(problem, response)
 
 
+_science = _pure(science.verify)
+
 # Chosen by the longest of these that a `data_source` starts with: reasoning-gym's own names, then
 # Guru's domains and sets.
 VERIFIERS: dict[str, Verifier] = {
@@ -34,9 +36,9 @@ VERIFIERS: dict[str, Verifier] = {
     "math__": _pure(math.verify),
     "code__": code.verify,
     "codegen__": code.verify,
-    "stem__": _pure(science.verify),
-    "stem_web": _pure(science.verify),
-    "science__": _pure(science.verify),
+    "stem__": _science,
+    "stem_web": _science,
+    "science__": _science,
     "zebra_puzzle_dataset": _pure(logic.verify_zebra),
     "logic__zebra_puzzle": _pure(logic.verify_zebra),
     "ordering_puzzle_dataset": _pure(logic.verify_ordering),
@@ -62,6 +64,15 @@ def verifier_for(data_source: str) -> Verifier:
             f"no verifier for data_source {data_source!r}; there are: {', '.join(VERIFIERS)}"
         )
     return VERIFIERS[max(known, key=len)]
+
+
+def needs(problem: Problem) -> str:
+    """What scoring the problem may take besides a rule: "sandbox", "judge", or ""."""
+    verify = verifier_for(problem.data_source)
+    if verify in (code.verify, simulation.verify_cruxeval):
+        return "sandbox"
+    judged = verify is _science and science.kind_of(problem) in ("formula", "text")
+    return "judge" if judged else ""
 
 
 @functools.cache

@@ -152,6 +152,7 @@ class _Evaluation:
                 problems = self.problems(name, chat)
                 # All of them before anything is sampled: a prompt that is too long is known now.
                 prompts[name] = [self._encode(session, p) for p in problems]
+                session.check_verifiers(problems)
                 too_long = sum(isinstance(p, int) for p in prompts[name])
                 if too_long:
                     log.warning(

@@ -82,6 +82,7 @@ def _evaluator(session: Session, problems: list[Problem]) -> Evaluator | None:
         return None
     for problem in problems:
         session.encode(problem)  # what cannot be put to the model is told before it is trained
+    session.check_verifiers(problems)
     return Evaluator(session, problems)
 
 

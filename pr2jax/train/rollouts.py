@@ -99,6 +99,7 @@ class RolloutSource:
                 f"rl.prompts_per_batch={cfg.rl.prompts_per_batch}"
             )
         self.prompts = [session.encode(p) for p in problems]
+        session.check_verifiers(problems)
         self.domains = [domain_of(p) for p in problems]
         self.order = BatchOrder(len(problems), 1, cfg.seed)
         self.position = 0

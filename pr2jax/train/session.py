@@ -47,8 +47,11 @@ from pr2jax.sampler.types import SamplingParams
 from pr2jax.tasks.base import Problem
 from pr2jax.tasks.judge import EndpointJudge, Judge, JudgeConfig, JudgeError, PromptJudge
 from pr2jax.tasks.pool import VerifierPool
+from pr2jax.tasks.registry import needs
+from pr2jax.tasks.sandbox import Sandbox, SandboxError
 from pr2jax.train.config import Config, with_vocab_size
 from pr2jax.train.loop import CHECKPOINTS
+from pr2jax.train.study_config import GenerateConfig
 
 log = logging.getLogger("pr2jax")
 
@@ -93,6 +96,26 @@ class Session:
             judge=self.judge,
         )
 
+    def check_verifiers(self, problems: Sequence[Problem]) -> None:
+        """Sees to it that the problems can be scored, before anything is sampled.
+
+        Raises ConfigError naming a problem that needs a judge where none is configured, or the
+        reason why programs cannot be isolated on this machine.
+        """
+        needed = {needs(problem): problem for problem in problems}
+        if "judge" in needed and self.judge is None:
+            problem = needed["judge"]
+            raise ConfigError(
+                f"verifier.judge.kind: problem {problem.id} ({problem.data_source}) may need a "
+                "model judge, and it is 'none'"
+            )
+        if "sandbox" in needed and not self.verifies:
+            try:
+                with Sandbox(self.cfg.verifier.sandbox) as sandbox:
+                    log.info("sandbox: programs run in tier %r", sandbox.tier)
+            except SandboxError as error:
+                raise ConfigError(f"verifier.sandbox.isolation: {error}") from None
+
     @functools.cached_property
     def judge(self) -> Judge | None:
         """The model judge, if one is configured."""
@@ -129,6 +152,9 @@ class Session:
         cfg = dataclasses.replace(
             self.cfg,
             mode="generate",
+            generate=GenerateConfig(
+                prompts="the judge's", sampling=SamplingParams(max_tokens=v.judge.max_tokens)
+            ),
             init_from=v.judge_from,
             upcycle=UpcycleConfig(),
             tokenizer=TokenizerConfig(),

@@ -8,7 +8,7 @@ import pytest
 
 from pr2jax.tasks import logic, rows
 from pr2jax.tasks.base import JudgeRequest, Problem, TaskConfig, Verdict, checked, domain_of
-from pr2jax.tasks.registry import VERIFIERS, build_task, score, verifier_for
+from pr2jax.tasks.registry import VERIFIERS, build_task, needs, score, verifier_for
 
 # Of every kind of source: a ground truth as Guru's files have it, a right and a wrong response.
 GRID = [[1, 2], [3, 4]]
@@ -170,3 +170,20 @@ def test_verifiers_import_no_jax():
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert logic.NO_ANSWER
+
+
+@pytest.mark.parametrize(
+    ("source", "answer", "needed"),
+    [
+        ("math__dapo", "34", ""),
+        ("codegen__taco", '{"functional": "x"}', "sandbox"),
+        ("simulation__cruxeval-i", "1", "sandbox"),
+        ("simulation__codeio", '"output": 1', ""),
+        ("stem__gpqa", "C", ""),
+        ("stem_web", "9.8 m/s^2", ""),
+        ("stem_web", "Rayleigh scattering", "judge"),
+        ("logic__zebra_puzzle", "{}", ""),
+    ],
+)
+def test_what_scoring_may_take(source, answer, needed):
+    assert needs(Problem("p", "?", answer, source)) == needed

@@ -124,6 +124,7 @@ def _source(tmp_path, hard=3, mode="off", slots=8, loop=None, **rl) -> RolloutSo
         sampler=Sampler(tokenizer),
         pool=Pool(hard),
         encode=lambda p: tokenizer.encode(p.prompt),
+        check_verifiers=lambda problems: None,
         key=lambda *names: rng.named(rng.root(cfg.seed), *names),
     )
     source = RolloutSource(session, PROBLEMS, cfg.rl.optim)
