@@ -318,7 +318,8 @@ class Fit:
       law: n*(C) over `log10_range`.
       curves: R(C) for each n, by record points.
       envelope: what `law` was fitted to.
-      growth: log2 n* at the end of the range less at its start, by the law.
+      growth: log2 n* at the end of the range less at its start, along the straight line through
+        the envelope: unlike the law it may fall, so that noise does not always grow.
     """
 
     law: SamplingLaw
@@ -333,9 +334,9 @@ class Fit:
 
     @property
     def growth(self) -> float:
-        """log2 of n*(end) / n*(start)."""
-        start, end = self.law.log2_n(10.0 ** np.array(self.log10_range))
-        return float(end - start)
+        """log2 of n*(end) / n*(start), as said above."""
+        grid = self.envelope.log10_compute
+        return float(np.polyfit(grid, self.envelope.log2_n, 1)[0] * np.ptp(grid))
 
 
 def check_runs(runs: Sequence[SweepRun]) -> None:
@@ -395,7 +396,7 @@ class Intervals:
     Attributes:
       laws: of the refits.
       log2_n: (low, high) [2, G] of the laws on the fit's grid.
-      growth: of log2 n*(end) / n*(start).
+      growth: of `Fit.growth`.
       coefficients: of the law, by name.
       curves: {n: {coefficient: (low, high)}} of ScaleRL's curve.
     """
@@ -434,7 +435,7 @@ def bootstrap(
             raise ConfigError(f"runs: one seed at n={n}, B_p={prompts}; intervals need two")
     rng = np.random.default_rng(seed)
     rl = {n: scale_rl([r for r in runs if r.n == n]) for n in fit.curves}
-    laws, curves, failed = [], [], 0
+    laws, curves, growth, failed = [], [], [], 0
     for _ in range(samples):
         drawn = [
             group[i]
@@ -447,6 +448,7 @@ def bootstrap(
             failed += 1
             continue
         laws.append(again.law)
+        growth.append(again.growth)
         curves.append({n: scale_rl([r for r in drawn if r.n == n], rl[n]) for n in fit.curves})
     if failed > samples / 2:
         raise ConfigError(f"runs: {failed} of {samples} refits failed; add runs")
@@ -465,7 +467,7 @@ def bootstrap(
         failed=failed,
         level=level,
         log2_n=np.quantile(table, tails, axis=0),
-        growth=tuple(map(float, np.quantile(table[:, -1] - table[:, 0], tails))),
+        growth=tuple(map(float, np.quantile(growth, tails))),
         coefficients=of(laws),
         curves={n: of([found[n] for found in curves]) for n in fit.curves},
     )
@@ -475,16 +477,16 @@ def verdict(fit: Fit, intervals: Intervals | None) -> str:
     """In one sentence, whether n* grows over the measured range."""
     low, high = (f"{10.0**x:,.0f}" for x in fit.log10_range)
     over = f"over the measured range (C = {low} to {high} rollouts)"
-    ends = [float(2.0**v) for v in fit.law.log2_n(10.0 ** np.array(fit.log10_range))]
-    if fit.growth < 1e-6:
-        return f"n* does not grow {over}: it is {ends[0]:.1f} throughout."
+    start, end = (float(2.0**v) for v in fit.law.log2_n(10.0 ** np.array(fit.log10_range)))
     if intervals is None:
         return (
-            f"The fit has n* go from {ends[0]:.1f} to {ends[1]:.1f} {over}; with one seed there "
-            "are no intervals, so whether it grows is not known."
+            f"The fit has n* go from {start:.1f} to {end:.1f} {over}; without intervals whether it "
+            "grows is not known."
         )
     least, most = (2.0**v for v in intervals.growth)
     factor = f"by a factor of {2.0**fit.growth:.2f} [{least:.2f}, {most:.2f}]"
     if intervals.growth[0] > 1e-6:
-        return f"n* grows {over}, from {ends[0]:.1f} to {ends[1]:.1f}, {factor}."
-    return f"n* does not grow {over} beyond what seeds do: {factor}, from {ends[0]:.1f}."
+        return f"n* grows {over}, {factor}; the law has it go from {start:.1f} to {end:.1f}."
+    if intervals.growth[1] < -1e-6:
+        return f"n* falls {over}, {factor}; the law, which cannot fall, is flat at {start:.1f}."
+    return f"n* does not grow {over} beyond what runs differ by: {factor}."

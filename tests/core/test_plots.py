@@ -4,7 +4,16 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 
-from pr2jax.core.plots import curve, heatmap, layer_values, scatter, series, smoothed
+from pr2jax.core.plots import (
+    Line,
+    curve,
+    heatmap,
+    layer_values,
+    lines,
+    scatter,
+    series,
+    smoothed,
+)
 
 ROWS = [
     {"step": 2, "reward": 0.5, "lo": 0.4, "hi": 0.6, "agree/layer_0": 0.9, "agree/layer_1": 0.7},
@@ -63,6 +72,20 @@ def test_scatter():
     parsed(svg)
     for text in ("loss", "measured", "mine"):
         assert text in svg
+
+
+def test_lines():
+    x = np.array([10.0, 100.0, 1000.0])
+    named = {
+        "n = 4": Line(x, np.sqrt(x), low=np.sqrt(x) / 2, high=np.sqrt(x) * 2, points=(x, x)),
+        "n = 8": Line(x, x),
+    }
+    svg = lines(named, title="n*(C)", xlabel="C", ylabel="n*", log_x=10, log_y=2)
+    text = parsed(svg)[1]
+    for word in ("n*(C)", "n = 4", "n = 8", "256"):  # 2^8 in plain figures
+        assert word in text
+    assert svg == lines(named, title="n*(C)", xlabel="C", ylabel="n*", log_x=10, log_y=2)
+    assert "no data" in parsed(lines({}))[1]
 
 
 def test_missing_metric_says_so():

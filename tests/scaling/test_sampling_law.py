@@ -229,6 +229,16 @@ def test_one_n_that_wins_everywhere_does_not_grow():
     assert "does not grow" in verdict(fit, bootstrap(runs, fit, samples=8))
 
 
+def test_an_n_that_falls_is_said_to_fall():
+    """The same curves with n mirrored: what was best last is best first."""
+    mirror = dict(zip(NS, NS[::-1], strict=True))
+    runs = [dataclasses.replace(run, n=mirror[run.n]) for run in sweep(2)]
+    fit = fit_sweep(runs)
+    intervals = bootstrap(runs, fit, samples=8)
+    assert intervals.growth[1] < 0
+    assert "n* falls over the measured range" in verdict(fit, intervals)
+
+
 def test_equal_curves_do_not_grow_beyond_what_seeds_do():
     rng = np.random.default_rng(5)
     runs = []
@@ -259,7 +269,7 @@ def test_what_cannot_be_fitted_is_told():
     fit = fit_sweep(runs)
     with pytest.raises(ConfigError, match="one seed at n=4, B_p=16; intervals need two"):
         bootstrap([r for r in runs if r.n > 4 or r.seed == 0], fit, samples=2)
-    assert "with one seed there are no intervals" in verdict(fit, None)
+    assert "without intervals whether it grows is not known" in verdict(fit, None)
 
 
 def test_scale_rl_starts_at_the_base_model():
