@@ -287,6 +287,12 @@ class Config:
             raise ConfigError("tokenizer.path: only mode 'pretrain' trains a tokenizer")
         if self.mode == "study" and not (self.study.cells or self.study.runs_csv):
             raise ConfigError("study.cells: mode 'study' needs at least one")
+        budget = self.mode == "study" and self.study.kind == "budget"
+        if budget and self.eval.quick_samples not in self.eval.ks:
+            raise ConfigError(
+                f"eval.ks: must hold eval.quick_samples={self.eval.quick_samples}: kind 'budget' "
+                "reads best@k and worst@k of it"
+            )
         if replays and self.study.steady_from >= self.rl.steps:
             raise ConfigError(f"study.steady_from: leaves nothing of rl.steps={self.rl.steps}")
         if self.mode == "generate" and not (self.generate.prompts or self.generate.task):

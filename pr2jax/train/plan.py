@@ -43,7 +43,8 @@ HARD_PROMPTS = 64  # "a moderate B_p (>= 32, more on hard sets)"
 class Source:
     """A law and what is known of where it comes from (None: not known).
 
-    `rate` is the learning rate at `rows` rows; `compute_range` what the law was fitted on.
+    `rate` is the learning rate at `rows` rows; `compute_range` and `n_range` are what the law was
+    fitted on.
     """
 
     law: SamplingLaw
@@ -53,6 +54,7 @@ class Source:
     rate: float
     rows: float
     compute_range: tuple[float, float] | None = None
+    n_range: tuple[float, float] | None = None
     tokens: float | None = None
     warnings: tuple[str, ...] = ()
 
@@ -88,6 +90,8 @@ def own(plan: PlanConfig) -> Source:
     try:
         law = from_config_dict(SamplingLaw, found["law"], "law")
         low, high = map(float, found["compute_range"])
+        least, most = map(float, found["n_range"])
+        growth = found["growth_interval"] and [float(x) for x in found["growth_interval"]]
         prompts, regime = int(found["prompts"]), str(found["regime"])
         recipe, tokens = found["recipe"], found["tokens_per_rollout"]
         rate, rows = (float(recipe[k]) for k in ("learning_rate", "rows")) if recipe else (0, 0)
@@ -97,6 +101,13 @@ def own(plan: PlanConfig) -> Source:
     warnings = []
     if not law.amplitude:
         warnings.append("n* did not grow over the sweep's range, so it is the same at every C")
+    elif not growth:
+        warnings.append("the sweep had one seed: whether n* grows is not known")
+    elif growth[0] <= 1.0:
+        warnings.append(
+            f"whether n* grows is not settled: by a factor of {growth[0]:.2f} to {growth[1]:.2f} "
+            "over the sweep's range"
+        )
     if plan.regime not in ("", regime):
         warnings.append(f"the law is of {regime} problems, not of {plan.regime} ones")
     if plan.prompts and plan.prompts != prompts:
@@ -112,6 +123,7 @@ def own(plan: PlanConfig) -> Source:
         rate=rate,
         rows=rows,
         compute_range=(low, high),
+        n_range=(least, most),
         tokens=tokens,
         warnings=tuple(warnings),
     )
@@ -179,6 +191,8 @@ def make(cfg: Config) -> dict[str, Any]:
         low, high = source.compute_range
         if not low <= rollouts <= high:
             warnings.append(f"extrapolated: fitted on {low:,.0f} to {high:,.0f} rollouts")
+    if source.n_range is not None and not source.n_range[0] <= exact <= source.n_range[1]:
+        warnings.append(f"n = {exact:.1f} lies outside the n that were run")
     if source.law.amplitude and rollouts >= source.law.knee:
         warnings.append(
             f"n* has saturated (at {source.law.saturation:.0f}): more compute goes into updates"

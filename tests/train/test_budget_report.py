@@ -62,6 +62,9 @@ def test_the_sweep_is_the_studys_recipe(tmp_path):
     hard = study.plan_jobs(load("hard"), tmp_path)[2].config
     assert (hard["rl"]["kl_coef"], hard["rl"]["entropy_coef"]) == (0.0, 0.0)
     assert load("hard").regime == REGIMES["hard"]
+    values = dataclasses.asdict(cfg)
+    with pytest.raises(ConfigError, match=r"eval.ks: must hold eval.quick_samples=4"):
+        from_config_dict(Config, values | {"eval": values["eval"] | {"ks": (1, 2)}})
 
 
 # ---------------------------------------------------------------- problems

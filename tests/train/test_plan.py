@@ -76,6 +76,7 @@ def own_law(tmp_path, **change):
         "regime": "easy",
         "recipe": {"learning_rate": 2e-4, "rows": 64},
         "tokens_per_rollout": 8.0,
+        "growth_interval": [1.5, 4.0],
     }
     (tmp_path / "law.json").write_text(json.dumps(law | change))
     return str(tmp_path)
@@ -95,6 +96,11 @@ def test_a_law_of_ones_own(tmp_path):
     assert "extrapolated: fitted on 4,096 to 262,144 rollouts" in far["warnings"]
     assert "the law is of easy problems, not of hard ones" in far["warnings"]
     assert "the law was fitted at B_p = 16, not 64" in far["warnings"]
+    unsure = ask(compute=1e5, fit=own_law(tmp_path, growth_interval=[0.9, 3.0], n_range=[16, 64]))
+    assert any("not settled: by a factor of 0.90 to 3.00" in note for note in unsure["warnings"])
+    assert "n = 11.3 lies outside the n that were run" in unsure["warnings"]
+    one = ask(compute=1e5, fit=own_law(tmp_path, growth_interval=None))
+    assert "the sweep had one seed: whether n* grows is not known" in one["warnings"]
     flat = {"amplitude": 0.0, "slope": 1.0, "centre": 5.0, "base": 3.0}
     still = ask(compute=1e5, fit=own_law(tmp_path, law=flat, recipe=None))
     assert still["n"] == 8
