@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from typing import Any
 
 from pr2jax.tasks import answers
@@ -98,7 +99,10 @@ def verify(problem: Problem, response: str, tools: Tools) -> Verdict:
 
 def check_outputs(sandbox: Sandbox, source: str, inputs: list[str], outputs: list[str]) -> str:
     """Runs a script on each input; why the first wrong output is wrong, empty where none is."""
+    deadline = time.monotonic() + sandbox.cfg.total_s
     for number, (given, wanted) in enumerate(zip(inputs, outputs, strict=True), start=1):
+        if time.monotonic() > deadline:
+            return f"time limit of all cases ({sandbox.cfg.total_s:g} s) before case {number}"
         run = sandbox.run(source, given)
         reason = _wrong_output(run, wanted)
         if reason:

@@ -59,6 +59,15 @@ def test_programs_by_their_output(tools, response, score, reason):
     assert f"[{tools.sandbox.tier}]" in verdict.reason or "no program" in verdict.reason
 
 
+def test_all_cases_together_have_a_limit():
+    many = {"inputs": ["1 2\n"] * 400, "outputs": ["3\n"] * 400}
+    tools = Tools(SandboxConfig(total_s=0.2))
+    with tools.sandbox:
+        verdict = code.verify(problem(many), fenced(RIGHT), tools)
+    assert verdict.score == 0.0
+    assert verdict.reason.startswith("time limit of all cases (0.2 s) before case ")
+
+
 def test_a_bare_program_where_the_problem_says_so(tools):
     assert code.verify(problem(SUMS, bare_code=True), RIGHT, tools).score == 1.0
     assert code.verify(problem(SUMS, bare_code=True), fenced(RIGHT), tools).score == 1.0
