@@ -238,12 +238,18 @@ ATTACKS = [
     (
         "memory of earlier programs",
         SCRIPT,
-        "import ctypes, gc\nwanted = b'print(int(input()' + bytes([41]) + b' + 1)'\nfound = 0\n"
-        "places = sorted({id(o) >> 20 for o in gc.get_objects()} | {id(str(i)) >> 20 for i in range(9)})\n"
-        "for p in places:\n    for k in range(256):\n"
-        "        try: found |= wanted in ctypes.string_at((p << 20) + (k << 12), 4096)\n"
-        "        except Exception: pass\n"
-        "print(2 if found else 0)",
+        # Read through a pipe, which refuses what is not mapped. The text looked for is nowhere whole.
+        "import ctypes, gc, os, sys\nlibc = ctypes.CDLL(None)\nr, w = os.pipe()\n"
+        "head, tail = b'print(int(inp', bytes(reversed(b'1 + ))(tu'))\n"
+        "near = {id(o) >> 22 for o in gc.get_objects()} | {ctypes.addressof(ctypes.create_string_buffer(n)) >> 22 for n in (9, 9999, 1 << 20)}\n"
+        "read = found = 0\n"
+        "for block in sorted({n + d for n in near for d in (-1, 0, 1)}):\n"
+        "    for page in range(block << 22, (block + 1) << 22, 4096):\n"
+        "        if libc.write(w, ctypes.c_void_p(page), 4096) == 4096:\n"
+        "            data = os.read(r, 4096)\n            read += 1\n            at = data.find(head)\n"
+        "            while at >= 0:\n                rest = data[at + len(head):][:len(tail)]\n"
+        "                found |= rest == tail\n                at = data.find(head, at + 1)\n"
+        "print('%d pages' % read, file=sys.stderr)\nassert read > 500\nprint(2 if found else 0)",
     ),
     # ------------------------------------------------------------ getting out
     (

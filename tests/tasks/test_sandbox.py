@@ -18,7 +18,7 @@ from pr2jax.core.config import ConfigError
 from pr2jax.tasks.base import Problem
 from pr2jax.tasks.pool import VerifierPool
 from pr2jax.tasks.sandbox import TIERS, Sandbox, SandboxConfig, SandboxError
-from tests.tasks.attacks import ATTACKS
+from tests.tasks.attacks import ATTACKS, HONEST
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("attacks.py")
@@ -279,6 +279,14 @@ def test_some_attacks(tier, tmp_path):
     names = ["fork bomb", "_exit in a call", "equals everything", "forged verdict", "daemon"]
     names += ["answers on the disk", "modes of the host's files", "limits of others", "loopback"]
     check_attacks(verdicts_of([sys.executable, SCRIPT, tier, tmp_path, *names]), len(names))
+
+
+def test_the_attack_on_memory_finds_what_is_there(sandbox):
+    [attack] = [program for name, _, program in ATTACKS if name == "memory of earlier programs"]
+    assert sandbox.run(HONEST["script"], "1\n").stdout == b"2\n"
+    assert sandbox.run(attack).stdout == b"0\n"
+    present = "whole = 'print(int(input()) ' + '+ 1)'\n"  # joined by the compiler
+    assert sandbox.run(present + attack).stdout == b"2\n"
 
 
 @pytest.mark.slow
