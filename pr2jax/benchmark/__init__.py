@@ -55,6 +55,6 @@ fresh_dropped, false_hits {clean, leaked_but_not_planted}, dropped {REASON: rows
 cpu_seconds, stages {NAME: seconds}, rows_per_second, peak_rss_bytes, prepare_peak_rss_bytes}.
 
 of sandbox: `start[]` {name ("plain", an interpreter's start, or a tier), median, min, max,
-over_plain (seconds), tries}, `missing` {TIER: why}, `parallel` {programs, workers, seconds, per_second,
-wrong_verdicts, tier}.
+over_plain (seconds), tries}, `missing` {TIER: why}, `parallel` {programs, workers, seconds,
+per_second, wrong_verdicts, tier}.
 """
