@@ -144,7 +144,7 @@ def test_same_output(printed, wanted, same):
 # ------------------------------------------------------------------ through the pool
 
 
-def test_the_pool_gives_verifiers_a_sandbox_and_asks_the_judge():
+def test_the_pool_gives_verifiers_a_sandbox_and_asks_the_judge(tools):
     class Judge:
         def judge(self, requests):
             assert requests == [JudgeRequest("Why is the sky blue?", "scattering", "it scatters")]
