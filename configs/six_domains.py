@@ -91,7 +91,7 @@ def _small(smoke: bool) -> Config:
             mini_steps=2 if smoke else 4,
             micro_batch=16 if smoke else 32,
             sampling=sampling,
-            length_bucket=12,
+            length_bucket=36,
             eval_every=0 if smoke else 20,
             rewards={"short": RewardTerm(kind="length", weight=0.05, target=28, max=TOKENS)},
             optim=OptimConfig(
@@ -113,8 +113,7 @@ def _small(smoke: bool) -> Config:
         eval=EvalConfig(
             samples=4, ks=(1, 4), quick_problems=120, quick_samples=2, sampling=sampling
         ),
-        # A worker's limit is above that of the programs it runs.
-        verifier=VerifierConfig(timeout_s=20.0, sandbox=SandboxConfig(timeout_s=2.0)),
+        verifier=VerifierConfig(sandbox=SandboxConfig(timeout_s=2.0, total_s=10.0)),
         loop=LoopConfig(checkpoint_every=0 if smoke else 20),
     )
 

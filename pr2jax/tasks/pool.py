@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pr2jax.tasks.base import JudgeRequest, Problem, Verdict, checked
+from pr2jax.tasks.registry import needs
 from pr2jax.tasks.sandbox import SandboxConfig
 from pr2jax.tasks.worker import HEADER
 
@@ -99,7 +100,8 @@ class VerifierPool:
     """Scores (problem, response) pairs in `workers` processes.
 
     verifier: "module:function" of (problem, response) -> Verdict, imported by the workers.
-    timeout_s: wall-clock limit of one item; the worker is killed and replaced.
+    timeout_s: wall-clock limit of one item, besides sandbox.total_s where it runs programs; the
+        worker is killed and replaced.
     memory_mb: address-space limit of a worker (virtual memory: the libraries alone take about
         500 MiB).
     sandbox: limits of the programs that verifiers run, and how these are isolated.
@@ -122,7 +124,9 @@ class VerifierPool:
                 f"VerifierPool: {workers} workers, {timeout_s} s, {memory_mb} MiB: at least 1, "
                 "more than 0, and 256 are needed"
             )
-        settings = json.dumps(dataclasses.asdict(sandbox or SandboxConfig()))
+        sandbox = sandbox or SandboxConfig()
+        settings = json.dumps(dataclasses.asdict(sandbox))
+        self.programs_s = sandbox.total_s
         self.timeout_s, self._start = timeout_s, (verifier, memory_mb, settings)
         self.judge = judge
         self.stats: collections.Counter[str] = collections.Counter()
@@ -184,9 +188,18 @@ class VerifierPool:
                 for key in self._keys(selector):
                     worker = self._workers[key.data]
                     if worker.deadline <= now:
-                        reason = f"time limit of {self.timeout_s:g} s"
+                        limit = self._limit(items[worker.item][0])
+                        reason = f"time limit of {limit:g} s"
                         self._fail(key.data, "timeouts", reason, selector, verdicts)
                         self._feed(key.data, items, waiting, selector, verdicts)
+
+    def _limit(self, problem: Problem) -> float:
+        """Seconds that a problem's verifier may take."""
+        try:
+            runs = needs(problem) == "sandbox"
+        except ValueError:  # a source that the registry does not know: of a verifier of its own
+            runs = False
+        return self.timeout_s + (self.programs_s if runs else 0.0)
 
     @staticmethod
     def _keys(selector) -> list[selectors.SelectorKey]:
@@ -213,7 +226,7 @@ class VerifierPool:
                 messages = None  # not what was asked: nothing from this process can be trusted
                 break
             elif message.get("started"):
-                worker.deadline = time.monotonic() + self.timeout_s
+                worker.deadline = time.monotonic() + self._limit(items[worker.item][0])
             else:
                 self._accept(i, message, selector, verdicts)
                 self._feed(i, items, waiting, selector, verdicts)

@@ -16,7 +16,8 @@ class VerifierConfig:
 
     Attributes:
       workers: how many.
-      timeout_s, memory_mb: limits of a worker for one response.
+      timeout_s, memory_mb: limits of a worker for one response; sandbox.total_s comes on top of the
+        first where programs are run.
       sandbox: limits and isolation of the programs that responses contain.
       judge: the model that grades answers which no rule decides.
       judge_from: judge.kind "sampler": what `init_from` is for the policy, for the judge.

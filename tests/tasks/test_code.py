@@ -169,3 +169,12 @@ def test_a_machine_that_cannot_isolate_is_an_error_and_no_zero():
     broken = pytest.raises(RuntimeError, match="no isolation for model-written programs here")
     with VerifierPool(1, timeout_s=20, sandbox=settings) as pool, broken:
         pool.score_batch([(programs, fenced(RIGHT))])
+
+
+def test_programs_have_their_own_time_in_the_pool():
+    slow = "import time\ntime.sleep(1.5)\n" + RIGHT
+    programs = Problem("c", "?", json.dumps(SUMS), "codegen__x")
+    with VerifierPool(1, timeout_s=1.0, sandbox=SandboxConfig(timeout_s=5.0)) as pool:
+        [verdict] = pool.score_batch([(programs, fenced(slow))])  # 3 seconds in all
+        assert verdict.score == 1.0
+        assert not pool.stats["timeouts"]
