@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType
 from pr2jax.core.checkpoint import read_arrays
 from pr2jax.core.config import from_config_dict
 from pr2jax.core.metrics import read_jsonl
+from pr2jax.tasks.base import DOMAINS
 from pr2jax.train.config import Config
 from tests.models.test_gguf import write as write_gguf
 
@@ -68,6 +69,7 @@ def test_full_form_is_valid(name):
 
 # These have tests of their own.
 OTHERWISE = ("quickstart", "generate", "pretrain_text", "smollm2_pr2", "curate", "eval", "plan")
+OTHERWISE += ("six_domains",)
 GROWING = ("emo_text", "emo_9b", "emo_pr2")
 # Real models: their smoke forms are small ones of the same kind, for the slow suite.
 REAL = tuple(c for c in CONFIGS if re.search(r"_a3b_|_7b_", c))
@@ -256,6 +258,39 @@ def test_generate_smoke(trained, tmp_path):
     for row in rows:
         assert len(row["completions"]) == 2
         assert all(len(c["tokens"]) == len(c["logprobs"]) for c in row["completions"])
+
+
+@pytest.mark.slow
+def test_six_domains_smoke(tmp_path):
+    done = main("--config=configs/six_domains.py:smoke", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "sandbox: programs run in tier" in done.stderr
+    rows = read_jsonl(tmp_path / "rl")
+    domains = {key for row in rows for key in row if key.startswith("reward/")}
+    assert domains == {f"reward/{name}" for name in DOMAINS}
+    assert all(0.0 <= row["term/short"] <= 1.0 for row in rows if "reward" in row)
+    end = json.loads((tmp_path / "eval_end.json").read_text(encoding="utf-8"))
+    assert {sample["domain"] for sample in end["samples"]} == set(DOMAINS)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "reward by domain" in page
+    assert "pass@1 in" in page
+
+
+def test_the_guru_recipe_takes_guru_files(tmp_path):
+    row = {
+        "prompt": [{"role": "user", "content": "What is 1 + 1?"}],
+        "data_source": "math__x",
+        "reward_model": {"ground_truth": "2"},
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    done = main(
+        "--config=configs/six_domains.py:guru",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.rl_task.parts.math.name=jsonl:{tmp_path}/rows.jsonl",
+    )
+    # The first part is read; the second is a file that is not there, and that is the one error.
+    assert done.returncode == 2
+    assert re.search(r"ConfigError: .*parts\.codegen\..*no file data/train", done.stderr)
 
 
 def test_eval_smoke(tmp_path):
