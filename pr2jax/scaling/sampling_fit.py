@@ -84,10 +84,14 @@ class SweepRun:
     def records(
         self, per_decade: int = BUCKETS_PER_DECADE
     ) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
-        """The buckets that are above all before them; the first always is."""
+        """The buckets that are above all before them (the first always is), and the record as it
+        stands at the last: without it a run that has levelled off would say nothing of where it
+        went, and the curve through its records would go on rising."""
         x, y = self.bucketed(per_decade)
-        best = np.concatenate([[-np.inf], np.maximum.accumulate(y)[:-1]]) if len(y) else y
-        return x[y > best], y[y > best]
+        best = np.maximum.accumulate(y)
+        kept = np.concatenate([[True], y[1:] > best[:-1]])[: len(y)]
+        kept[-1:] = True
+        return x[kept], best[kept]
 
 
 def read_runs(path: str | Path) -> list[SweepRun]:
@@ -157,41 +161,37 @@ def fit_curve(
     low, high = inside.min(), inside.max()
     bounds = [
         (0.0, 1.0),  # start
-        (0.0, 1.0),  # rise
+        (0.0, 1.0),  # share of what is left above it that is won in the end
         (low - 2.0, high + 2.0),  # log10 mid
         tuple(np.log(_EFFICIENCIES)),
     ]
+    least = float(y.min()) if start is None else start
+    won = (np.ptp(y) + 0.02) / max(1.0 - least, 0.02)
     begins = [
-        (y.min(), np.ptp(y) + 0.02, low + share * (high - low), np.log(b))
+        (least, won, low + share * (high - low), np.log(b))
         for share in (0.25, 0.5, 0.75, 1.0)
         for b in (0.5, 1.5)
     ]
     if near is not None:
-        begins = [
-            (
-                near.start,
-                near.asymptote - near.start,
-                np.log10(near.mid),
-                np.log(near.efficiency),
-            )
-        ]
+        won = (near.asymptote - near.start) / max(1.0 - near.start, 1e-9)
+        begins = [(near.start, won, np.log10(near.mid), np.log(near.efficiency))]
     fixed = 0 if start is None else 1
 
     def full(v):
         return np.concatenate([[start], v]) if fixed else v
 
     def residuals(v):
-        r0, rise, mid, log_b = full(v)
-        return r0 + rise * logistic(np.exp(log_b) * _LN10 * (x - mid)) - y
+        r0, won, mid, log_b = full(v)
+        return r0 + won * (1.0 - r0) * logistic(np.exp(log_b) * _LN10 * (x - mid)) - y
 
     def slopes(v):
-        _, rise, mid, log_b = full(v)
+        r0, won, mid, log_b = full(v)
         z = np.exp(log_b) * _LN10 * (x - mid)
         s = logistic(z)
         # At C = 0, where z is -inf, the curve does not move with mid or B.
-        by_z = np.where(np.isfinite(z), rise * s * (1.0 - s), 0.0)
+        by_z = np.where(np.isfinite(z), won * (1.0 - r0) * s * (1.0 - s), 0.0)
         z = np.where(np.isfinite(z), z, 0.0)
-        columns = [np.ones_like(x), s, -by_z * np.exp(log_b) * _LN10, by_z * z]
+        columns = [1.0 - won * s, (1.0 - r0) * s, -by_z * np.exp(log_b) * _LN10, by_z * z]
         return np.stack(columns[fixed:], axis=1)
 
     best = None
@@ -201,8 +201,8 @@ def fit_curve(
         found = least_squares(residuals, at, slopes, bounds=ends)
         if best is None or found.cost < best.cost - 1e-12:
             best = found
-    r0, rise, mid, log_b = (start, *best.x) if fixed else best.x
-    return RewardCurve(float(r0), float(r0 + rise), float(10.0**mid), float(np.exp(log_b)))
+    r0, won, mid, log_b = map(float, full(best.x))
+    return RewardCurve(r0, r0 + won * (1.0 - r0), 10.0**mid, math.exp(log_b))
 
 
 def _pooled(runs: Sequence[SweepRun], records: bool) -> tuple[np.ndarray, np.ndarray]:

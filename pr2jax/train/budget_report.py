@@ -160,9 +160,7 @@ def analyse(cfg: Config, prompts: int, courses: list[Course]) -> Found:
     low, high = fit.envelope.edge
     for share, which in ((low, min(fit.curves)), (high, max(fit.curves))):
         if share:
-            why += (
-                f" The envelope is at n = {which}, the last that was run, over {share:.0%} of it."
-            )
+            why += f" Over {share:.0%} of it the best is n = {which}, at the edge of what was run."
     return Found(prompts, courses, fit, intervals, sampling_fit.verdict(fit, intervals) + why)
 
 

@@ -73,9 +73,13 @@ def test_buckets_and_records_by_hand():
     x, y = run.bucketed(per_decade=2)  # 10 and 11 are in [1, 1.5)
     np.testing.assert_allclose(x, [-np.inf, np.log10(np.sqrt(110)), 2, 3, 4])
     np.testing.assert_allclose(y, [0.3, 0.25, 0.25, 0.5, 0.5])
-    x, y = run.records(per_decade=2)  # above all before: neither equal nor below
-    np.testing.assert_allclose(x, [-np.inf, 3])
-    np.testing.assert_allclose(y, [0.3, 0.5])
+    x, y = run.records(per_decade=2)  # above all before, and how the record stands at the end
+    np.testing.assert_allclose(x, [-np.inf, 3, 4])
+    np.testing.assert_allclose(y, [0.3, 0.5, 0.5])
+    worse = SweepRun(4, 16, 0, compute, np.array([0.3, 0.1, 0.4, 0.45, 0.2, 0.2]))
+    x, y = worse.records(per_decade=2)
+    np.testing.assert_allclose(x, [-np.inf, 2, 4])
+    np.testing.assert_allclose(y, [0.3, 0.45, 0.45])
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,17 @@ def test_a_curve_is_found_again(mid):
     y = true.reward(10.0**x)
     for found in (fit_curve(x, y), fit_curve(x[1:], y[1:], start=0.3)):
         np.testing.assert_allclose(dataclasses.astuple(found), dataclasses.astuple(true), rtol=1e-3)
+
+
+def test_a_run_that_levels_off_is_not_drawn_further_up():
+    """Records until C = 1e4 alone, which a straight line fits as well; the run goes on to 1e6."""
+    compute = np.geomspace(1e3, 1e6, 25)
+    score = np.interp(np.log10(compute), [3, 4, 6], [0.3, 0.5, 0.49])
+    x, y = SweepRun(4, 16, 0, compute, score).records()
+    assert (x.max(), y.max()) == (pytest.approx(6.0), pytest.approx(0.5, abs=0.01))
+    assert fit_curve(x, y).reward(1e6) == pytest.approx(0.5, abs=0.01)
+    high = fit_curve(np.array([-np.inf, 3, 4, 5, 6]), np.array([0.2, 0.4, 0.6, 0.8, 1.0]))
+    assert high.asymptote <= 1.0  # a share of right answers
 
 
 def test_the_envelope_of_parabolas_is_their_common_peak():
@@ -196,22 +211,31 @@ def test_the_factor_and_the_intervals_of_one_sweep():
 @pytest.mark.slow
 @pytest.mark.parametrize("curve_of", [peaked, saturating])
 def test_twenty_sweeps_with_a_known_law(curve_of):
-    """n* within a factor 1.5 over the fitted range, and what the intervals cover."""
-    factors, covered = [], []
+    """n* within a factor 1.5 over the fitted range; the intervals are as wide as sweeps scatter.
+
+    How often they cover the truth is reported (docs/results/isocompute.md): they do not know the
+    bias of the parabola, which is larger than the scatter where the curves are far from one.
+    """
+    laws, grids, factors, covered, widths = [], [], [], [], []
     for seed in range(20):
         runs = sweep(seed, curve_of=curve_of)
         fit = fit_sweep(runs)
         intervals = bootstrap(runs, fit, samples=100, seed=seed)
-        grid = 10**fit.envelope.log10_compute
-        truth = true_n(grid, curve_of)
-        miss = np.abs(fit.law.log2_n(grid) - truth)
+        grids.append(fit.envelope.log10_compute)
+        truth = true_n(10 ** grids[-1], curve_of)
+        laws.append(fit.law.log2_n(10 ** grids[-1]))
+        miss = np.abs(laws[-1] - truth)
         factors.append((2 ** miss.mean(), 2 ** miss.max()))
         low, high = intervals.log2_n
         covered.append(np.mean((low <= truth) & (truth <= high)))
+        widths.append(high - low)
+    np.testing.assert_allclose(grids, np.tile(grids[0], (20, 1)))
+    ratio = np.mean(widths) / (2 * 1.96 * np.std(laws, axis=0, ddof=1).mean())
     print("mean factor and largest over the range:", np.round(factors, 3).tolist())
     print(f"coverage of the 95% interval of n*: {np.mean(covered):.3f}", np.round(covered, 2))
+    print(f"width of the interval over 3.92 standard deviations of 20 sweeps: {ratio:.2f}")
     assert max(worst for _, worst in factors) <= 1.5
-    assert np.mean(covered) >= 0.5  # reported in docs/results/isocompute.md
+    assert 0.8 < ratio < 2.0
 
 
 # ------------------------------------------------------------ honest answers
