@@ -88,7 +88,7 @@ class StudyConfig:
       steady_from: rollout batches at the start that figures leave out.
       report_every: finished cells between two reports.
       runs_csv: kinds `law`, `budget`: a table of runs that are there already, in place of cells
-        (columns: scaling/fitting.py, scaling/sampling_fit.py).
+        (columns: scaling/fitting.py, scaling/sampling_runs.py).
       held_out: kind `law`: share of the runs, those with most compute, that the law is judged by.
       resamples: kinds `law`, `budget`: refits that the law's intervals come from.
     """

@@ -8,17 +8,16 @@ from scipy.optimize import brentq
 
 from pr2jax.core.config import ConfigError
 from pr2jax.scaling.sampling_fit import (
-    SweepRun,
     bootstrap,
     envelope,
     fit_curve,
     fit_law,
     fit_sweep,
-    read_runs,
     scale_rl,
     verdict,
 )
 from pr2jax.scaling.sampling_law import PUBLISHED, RewardCurve, SamplingLaw, square_root_rate
+from pr2jax.scaling.sampling_runs import SweepRun, read_runs
 
 
 def test_published_laws_saturate_where_the_study_says():

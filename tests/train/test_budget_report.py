@@ -16,7 +16,7 @@ from pr2jax.core.config import ConfigError, from_config_dict
 from pr2jax.sampler.types import Rollout
 from pr2jax.scaling.sampling_law import RewardCurve
 from pr2jax.tasks.base import Problem, Task, TaskConfig, Verdict
-from pr2jax.train import budget_report, plan, regimes, study
+from pr2jax.train import budget_report, budget_runs, plan, regimes, study
 from pr2jax.train.config import Config
 from pr2jax.train.study_config import REGIMES, PlanConfig, RegimeConfig
 
@@ -323,7 +323,7 @@ def test_what_cannot_be_fitted_is_said_and_leaves_no_law(swept):
     assert "No law: runs: the validation score does not rise" in (root / "study.md").read_text()
     rows = [{k: v for k, v in row.items() if "best" not in k} for row in metrics(4, 8, 0)]
     with pytest.raises(ConfigError, match=r"eval.ks: must hold eval.quick_samples=4"):
-        budget_report.course(jobs[2].config, rows)
+        budget_runs.course(jobs[2].config, rows)
 
 
 @pytest.mark.slow
