@@ -15,7 +15,7 @@ def build(cfg: TaskConfig, exclude: Iterable[Problem], build_task: Callable[...,
 
     Training problems are interleaved in proportion to the parts' sizes: in any prefix each part
     is within one problem of its share, give or take rounding of the shares. Held-out problems are
-    the union, in the order of the names, and do not change with any part's `size`. A problem's id
+    the union, interleaved likewise, and do not change with any part's `size`. A problem's id
     is "PART/ID", and meta["part"] says where it is from; counts are "PART.count".
     Raises ConfigError "parts.NAME.key: ..." or RowError for what is wrong with a part.
     """
@@ -41,7 +41,8 @@ def build(cfg: TaskConfig, exclude: Iterable[Problem], build_task: Callable[...,
         stats |= {f"{name}.{key}": value for key, value in counts.items()}
         held[name] = task.held_out
     mixed = [_named(name, p) for name, p in interleave(train, cfg.seed)]
-    return mixed, [_named(name, p) for name in names for p in held[name]], stats
+    # Interleaved, too: the first so many of them are of all parts.
+    return mixed, [_named(name, p) for name, p in interleave(held, cfg.seed)], stats
 
 
 def _part(build_task: Callable[..., Task], name: str, part: TaskConfig, exclude: list) -> Task:
