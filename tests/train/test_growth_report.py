@@ -176,7 +176,7 @@ def test_a_bad_table_is_told(tmp_path):
     cfg = dataclasses.replace(cfg, study=dataclasses.replace(cfg.study, runs_csv=str(path)))
     with pytest.raises(ConfigError, match=r"study.runs_csv: .*bad.csv: line 2, column loss: 'x'"):
         run_study(cfg, str(tmp_path / "out"))
-    with pytest.raises(ConfigError, match="runs_csv: only kind 'law'"):
+    with pytest.raises(ConfigError, match="runs_csv: only kinds 'law' and 'budget'"):
         StudyConfig(runs_csv="x.csv").validate()
     with pytest.raises(ConfigError, match="only kind 'replay' has them"):
         StudyConfig(kind="law").validate()
