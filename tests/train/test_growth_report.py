@@ -178,7 +178,7 @@ def test_a_bad_table_is_told(tmp_path):
         run_study(cfg, str(tmp_path / "out"))
     with pytest.raises(ConfigError, match="runs_csv: only kinds 'law' and 'budget'"):
         StudyConfig(runs_csv="x.csv").validate()
-    with pytest.raises(ConfigError, match="only kind 'replay' has them"):
+    with pytest.raises(ConfigError, match="warmup: only kinds 'replay' and 'budget' have one"):
         StudyConfig(kind="law").validate()
 
 
