@@ -11,8 +11,11 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from pr2jax.core import hosts
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import reuse_freed_memory, setup_compilation_cache
+from pr2jax.core.files import StorageError, check_writable
+from pr2jax.core.peers import Peers
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -35,9 +38,25 @@ TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Chips that are not here, like v5p:4x4x2, v5e:2x4, h100:8."
 )
 
+DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "Join the other processes of a run: where the surroundings tell of some (auto), or always.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where the surroundings do not tell it."
+)
+PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, one a host.")
+PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+PEER_TIMEOUT = flags.DEFINE_float(
+    "peer_timeout_s", 30.0, "Silence after which another host counts as lost, and all end.", 5.0
+)
+
 log = logging.getLogger("pr2jax")
 
 EXIT_TOO_LARGE = 1
+EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
 EXIT_RESUME = 75  # sysexits' EX_TEMPFAIL: saved, run the same command again
 
@@ -60,6 +79,9 @@ def run(config, workdir: str, profile_steps: int = 0) -> None:
         "pretrain": pipeline.run_pretrain,
         "pretrain_sft_rl": pipeline.run_pretrain_sft_rl,
     }
+    alone = ("generate", "eval", "curate", "study", "difficulty", "plan")
+    if hosts.several() and config.mode in alone:
+        raise ConfigError(f"mode: {config.mode!r} runs in one process, here are several")
     modes[config.mode](config, workdir, profile_steps)
 
 
@@ -142,31 +164,8 @@ def _start(argv: list[str]) -> None:
 
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; settings are --config.key=value")
-    handler = logging.StreamHandler(sys.stderr)
-    # On a terminal a progress line may stand there: write over it.
-    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-    handler.setFormatter(logging.Formatter(f"{clear}[pr2jax] %(message)s"))
-    absl_logging.set_verbosity(absl_logging.ERROR)  # libraries write a line for every file
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        config = _config()
-        if COMPILE_ONLY.value or ESTIMATE.value:
-            sys.exit(0 if check_memory(config, WORKDIR.value) else EXIT_TOO_LARGE)
-        if TOPOLOGY.value:
-            raise ConfigError("--topology: only with --compile_only or --estimate")
-        reuse_freed_memory()
-        cache = setup_compilation_cache(CACHE.value)
-        log.info("compilation cache: %s", cache or "off")
-        run(config, WORKDIR.value, PROFILE.value)
-    except Interrupted as stopped:
-        log.warning("%s", stopped)
-        sys.exit(EXIT_RESUME)
-    except KeyboardInterrupt:
-        log.warning("interrupted; the same command goes on from the last checkpoint")
-        sys.exit(EXIT_RESUME)
-    except (
+    _log_to_stderr()
+    told = (
         ConfigError,
         ShardingError,
         CheckpointError,
@@ -175,9 +174,63 @@ def _start(argv: list[str]) -> None:
         TrainingDiverged,
         StudyError,
         PrecisionError,
-    ) as error:
+        StorageError,
+        hosts.HostError,
+    )
+    peers = None
+    try:
+        config = _config()
+        check_writable(WORKDIR.value)
+        if COMPILE_ONLY.value or ESTIMATE.value:
+            sys.exit(0 if check_memory(config, WORKDIR.value) else EXIT_TOO_LARGE)
+        if TOPOLOGY.value:
+            raise ConfigError("--topology: only with --compile_only or --estimate")
+        reuse_freed_memory()
+        hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, DISTRIBUTED.value)
+        peers = Peers(PEER_TIMEOUT.value)
+        if not hosts.first():
+            log.setLevel(logging.WARNING)  # process 0 speaks for all
+        cache = setup_compilation_cache(CACHE.value)
+        log.info("compilation cache: %s", cache or "off")
+        run(config, WORKDIR.value, PROFILE.value)
+        peers.leave()
+    except Interrupted as stopped:
+        log.warning("%s", stopped)
+        peers.leave()
+        sys.exit(EXIT_RESUME)
+    except KeyboardInterrupt:
+        log.warning("interrupted; the same command goes on from the last checkpoint")
+        _leave(peers, EXIT_RESUME, "interrupted")
+    except told as error:
         log.error("%s: %s", type(error).__name__, error)
-        sys.exit(EXIT_BAD_CONFIG)
+        _leave(peers, EXIT_BAD_CONFIG, f"{type(error).__name__}: {error}")
+    except Exception as error:
+        if peers is None or not hosts.several():
+            raise
+        log.exception("failed")
+        peers.blame()  # a collective that failed because another host is gone
+        _leave(peers, EXIT_FAILED, f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    # On a terminal a progress line may stand there: write over it.
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    handler.setFormatter(logging.Formatter(f"{clear}[pr2jax] %(message)s"))
+    absl_logging.set_verbosity(absl_logging.ERROR)  # libraries write a line for every file
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def _leave(peers, code: int, why: str) -> None:
+    """Ends this process with `code`, and the others of its run, which are told why."""
+    if peers is None or not hosts.several():
+        sys.exit(code)
+    peers.fail(code, why)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # an orderly end would wait for them
 
 
 def main() -> None:

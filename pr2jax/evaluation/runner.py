@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from pr2jax.core import hosts
 from pr2jax.data.tokenizer import Tokenizer, encode_prompt
 from pr2jax.evaluation import passk
 from pr2jax.evaluation.passk import Interval
@@ -84,14 +86,28 @@ def score_rollout(
 ) -> tuple[Rollout, list[str]]:
     """The rollout with rewards and reasons filled in, and its texts.
 
-    Rows are group-major: problem i's are i*n .. i*n+n-1. Raises ValueError if they do not fit.
+    Of several hosts each scores every n-th row, and all know all verdicts. Rows are group-major:
+    problem i's are i*n .. i*n+n-1. Raises ValueError if they do not fit.
     """
     if len(rollout.tokens) != len(problems) * n:
         raise ValueError(f"{len(rollout.tokens)} rows, not {len(problems)} problems x {n}")
     texts = response_texts(rollout, tokenizer)
-    verdicts = pool.score_batch([(problems[b // n], text) for b, text in enumerate(texts)])
+    verdicts = _scored(pool, [(problems[b // n], text) for b, text in enumerate(texts)])
     rewards = np.array([v.score for v in verdicts], np.float32)
     return rollout.replace(rewards=rewards, reasons=tuple(v.reason for v in verdicts)), texts
+
+
+def _scored(pool: Scorer, items: list[tuple[Problem, str]]) -> list[Verdict]:
+    """Verdicts of all items, each by one host."""
+    index, count = jax.process_index(), jax.process_count()
+    with hosts.together("verifying"):
+        own = pool.score_batch(items[index::count])
+    if count == 1:
+        return own
+    verdicts: list[Verdict] = [Verdict(0.0, "")] * len(items)
+    for i, found in enumerate(hosts.gather([dataclasses.astuple(v) for v in own])):
+        verdicts[i::count] = [Verdict(*fields) for fields in found]
+    return verdicts
 
 
 def evaluate(

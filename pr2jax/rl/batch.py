@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from pr2jax.core import hosts
 from pr2jax.core.sharding import batch_sharding
 from pr2jax.models.predictor import RouterFeatures, reservoir_positions
 from pr2jax.rl.types import LearnerBatch
@@ -198,6 +199,6 @@ def put_batch(batch: LearnerBatch, mesh: Mesh | None) -> LearnerBatch:
 
     def put(x, axis):
         # Axis 0 counts micro-batches, so a row axis stands one further right.
-        return jax.device_put(x, batch_sharding(mesh, x.ndim, batch_axis=axis + 1))
+        return hosts.put(x, batch_sharding(mesh, x.ndim, batch_axis=axis + 1))
 
     return map_rows(put, batch)

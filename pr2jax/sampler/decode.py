@@ -17,7 +17,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pr2jax.core.rng import named
-from pr2jax.core.sharding import RULES, Rules, batch_sharding, batch_shards, decode_rules
+from pr2jax.core.sharding import (
+    RULES,
+    Rules,
+    batch_sharding,
+    batch_shards,
+    decode_rules,
+    replicated,
+)
 from pr2jax.models.cache import Cache, init_cache
 from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.logprobs import logits as head_logits
@@ -352,6 +359,8 @@ def decode_chunk(
             jnp.full((slots,), done),
         ]
     )
+    if mesh is not None:  # every host reads it
+        status = lax.with_sharding_constraint(status, replicated(mesh))
     return state, features, status
 
 

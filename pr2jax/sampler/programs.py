@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pr2jax.core.sharding import batch_shards, param_shardings
+from pr2jax.core.sharding import batch_shards, param_shardings, replicated
 from pr2jax.models.config import ModelConfig
 from pr2jax.models.predictor import RouterFeatures
 from pr2jax.models.transformer import param_specs, product_params
@@ -73,7 +73,8 @@ class Programs:
             static_argnames="read_length",
             donate_argnums=(1, 2),
         )
-        self._read_out = jax.jit(decode.read_out)
+        whole = None if mesh is None else replicated(mesh)
+        self._read_out = jax.jit(decode.read_out, out_shardings=whole)
         rules = decode.parameter_rules(cfg, mesh)
         self._placed = None if mesh is None else param_shardings(param_specs(cfg), mesh, rules)
         cast = partial(product_params, cfg=cfg, dtype=dtype)

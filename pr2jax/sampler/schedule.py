@@ -7,6 +7,7 @@ from collections import deque
 
 import numpy as np
 
+from pr2jax.core import hosts
 from pr2jax.models.config import num_moe_layers
 from pr2jax.models.predictor import RouterFeatures
 from pr2jax.replay.routes import route_dtype
@@ -160,7 +161,7 @@ class Run:
 
     def _find_stop_strings(self, decoded) -> None:
         """Ends rows in whose new tokens a stop string was completed, at the completing token."""
-        tokens = np.array(self.state.tokens)
+        tokens = np.asarray(hosts.to_host(self.state.tokens))
         for slot, request in enumerate(self.request):
             if request is None or self.searched[slot] == self.length[slot]:
                 continue

@@ -49,6 +49,8 @@ class PretrainConfig:
       steps: optimizer steps.
       batch: packed rows a step, over all hosts.
       accumulate: parts of the batch whose gradients are summed one after another, for memory.
+      parts: streams that the documents are dealt into, each read by the hosts whose rows come from
+        it (0: as many as the run's first start has hosts); batches are a function of it.
       row_length: tokens a row.
       eval_every: steps between held-out evaluations (0: only before and after).
       eval_rows: rows of held-out text to score, about; divided over the sources by weight.
@@ -63,6 +65,7 @@ class PretrainConfig:
     steps: int = 1000
     batch: int = 16
     accumulate: int = 1
+    parts: int = 0
     row_length: int = 256
     eval_every: int = 0
     eval_rows: int = 128
@@ -90,9 +93,11 @@ class PretrainConfig:
                 raise ConfigError(f"{key}: must be at least 1, got {getattr(self, key)}")
         if self.batch % self.accumulate:
             raise ConfigError(f"accumulate: {self.accumulate} does not divide batch={self.batch}")
-        for key in ("eval_every", "load_balance_coef", "z_coef", "bias_update_rate"):
+        for key in ("eval_every", "parts", "load_balance_coef", "z_coef", "bias_update_rate"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key}: must be >= 0, got {getattr(self, key)}")
+        if self.parts and self.batch % self.parts:
+            raise ConfigError(f"parts: {self.parts} does not divide batch={self.batch}")
 
 
 @dataclass(frozen=True)

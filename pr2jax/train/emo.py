@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pr2jax.core import hosts
 from pr2jax.core.checkpoint import Checkpointer
 from pr2jax.core.config import ConfigError
 from pr2jax.core.hardware import GB
@@ -32,7 +33,7 @@ from pr2jax.models.flops import active_params, total_params
 from pr2jax.models.transformer import param_specs
 from pr2jax.train.config import Config
 from pr2jax.train.loop import CHECKPOINTS, run
-from pr2jax.train.pretrain import PretrainData, PretrainTrainer, of_all_hosts
+from pr2jax.train.pretrain import PretrainData, PretrainTrainer
 from pr2jax.train.session import Session
 
 log = logging.getLogger("pr2jax")
@@ -159,18 +160,13 @@ def plan(session: Session, trainers: Trainers) -> list[dict[str, Any]]:
     own = {"stages": rows, "steps": steps, "devices": jax.device_count()}
     own = json.loads(json.dumps(own | {"device": jax.devices()[0].device_kind}))
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found = _first_hosts(known["stages"] if known.get("planned") == own else None)
+    found = hosts.from_first(known["stages"] if known.get("planned") == own else None)
     if found is None:
         empty = dict.fromkeys(_MEASURED)
         made = [trainers[i].measure(steps) if steps else empty for i in range(len(rows))]
-        found = _first_hosts([row | own for row, own in zip(rows, made, strict=True)])
+        found = hosts.from_first([row | own for row, own in zip(rows, made, strict=True)])
     write_json(path, {"planned": own, "stages": found, "predicted_saving": predicted_saving(found)})
     return found
-
-
-def _first_hosts(value: Any) -> Any:
-    """`value` (as JSON) of process 0, on all."""
-    return json.loads(of_all_hosts(json.dumps(value))[0])
 
 
 def folder(phase: Phase) -> str:
@@ -320,6 +316,14 @@ def events(workdir: Path, phases: list[Phase]) -> list[dict[str, Any]]:
         )
         found.append(event)
     return found
+
+
+def outcome(workdir: Path, phases: list[Phase]) -> dict[str, Any]:
+    """What the run's files tell of it: `measured_saving`, and `growth` (events)."""
+    return {
+        "measured_saving": measured_saving(workdir, phases),
+        "growth": events(workdir, phases),
+    }
 
 
 def _mean(losses: dict[int, float], last: int) -> float | None:

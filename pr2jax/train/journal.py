@@ -1,10 +1,12 @@
 """The journal: what a batch cost to make, on disk before anything is learned from it.
 
-`WORKDIR/journal/step_NNNNNN.pI.batch` holds process I's share of the batch of position N: the
-BLAKE2b digest of the rest (16 bytes), the length of a header (8, little-endian), the header
-(JSON: arrays by name, and `meta`), and the arrays' bytes in that order. A file takes its name when
-all of it is on disk, so a run killed at any moment finds a batch whole or not at all. A file that
-is damaged, or was written by another run, is told, removed, and made again.
+`WORKDIR/journal/step_NNNNNN.pI.batch` holds process I's part of the batch of position N. What
+every host knows (tokens, routes, rewards) is in that of process 0; router features, which are
+never all on one host, lie in each host's own. A file is the BLAKE2b digest of the rest (16
+bytes), the length of a header (8, little-endian), the header (JSON: arrays by name, and `meta`),
+and the arrays' bytes in that order. It takes its name when all of it is on disk, so a run killed
+at any moment finds a batch whole or not at all. A file that is damaged, or was written by another
+run, is told, removed, and made again.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from pr2jax.core import hosts
 from pr2jax.core.config import from_config_dict
+from pr2jax.core.hosts import EveryHost, Global, OwnHost
 from pr2jax.core.metrics import remove_leftovers, replacing
+from pr2jax.core.sharding import batch_sharding
 from pr2jax.models.predictor import RouterFeatures
 from pr2jax.sampler.types import Rollout, SamplingParams
 
@@ -36,6 +41,8 @@ Entry = tuple[dict[str, np.ndarray], dict[str, Any]]
 
 _DIGEST = 16
 _FEATURES = "features/"
+# Of each field of RouterFeatures, the dimension that counts rows.
+_ROW_AXES = {"positions": 0, "mask": 0, "logits": 1, "inputs": 1}
 _NAME = re.compile(r"step_(\d+)[.]p(\d+)[.]batch")
 
 
@@ -59,24 +66,26 @@ class Journal:
         for name in remove_leftovers(self.folder):
             log.info("journal: %s was not finished; removed", name)
 
-    def write(self, step: int, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> int:
-        """Writes the entry of `step`, all of it or nothing; returns its bytes."""
+    def write(
+        self, step: int, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], part: int = 0
+    ) -> int:
+        """Writes a process's part of the entry of `step`, all of it or nothing; its bytes."""
         held = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         layout = {name: [x.dtype.name, list(np.shape(arrays[name]))] for name, x in held.items()}
         head = {"run": self.run, "step": step, "arrays": layout, "meta": dict(meta)}
         text = json.dumps(head).encode()
         parts = [len(text).to_bytes(8, "little"), text]
         parts += [x.reshape(-1).view(np.uint8).data for x in held.values()]
-        path = self._path(step)
+        path = self._path(step, part)
         with replacing(path) as file:
             file.write(_digest(parts))
             for part in parts:
                 file.write(part)
         return path.stat().st_size
 
-    def read(self, step: int) -> Entry | None:
-        """(arrays, meta) of `step` to the bit; None where there is none that can be used."""
-        path = self._path(step)
+    def read(self, step: int, part: int = 0) -> Entry | None:
+        """(arrays, meta) of a part of `step` to the bit; None where none can be used."""
+        path = self._path(step, part)
         if not path.exists():
             return None
         whole = np.fromfile(path, np.uint8)
@@ -99,60 +108,82 @@ class Journal:
     def drop(self, step: int, why: str) -> None:
         """Removes the entry of `step` and says why: its batch will be made again."""
         log.warning("journal: %s %s; its batch is made again", self._path(step), why)
-        self._path(step).unlink(missing_ok=True)
+        self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        if hosts.first():
+            for path in self.folder.glob(f"step_{step:06d}.p*.batch"):
+                path.unlink(missing_ok=True)
 
     def steps(self) -> list[int]:
-        """Positions that this process has entries of, ascending."""
-        mine = []
-        for path in self.folder.iterdir():
-            found = _NAME.fullmatch(path.name)
-            if found and int(found[2]) == jax.process_index():
-                mine.append(int(found[1]))
-        return sorted(mine)
+        """Positions that there are entries of, ascending."""
+        found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(name[1]) for name in found if name and int(name[2]) == 0)
 
     def trim(self, before: int) -> None:
         """Removes entries of positions < `before`: no checkpoint that is left needs them."""
         for step in self.steps():
             if step < before:
-                self._path(step).unlink(missing_ok=True)
+                self._remove(step)
 
     def size(self) -> int:
         """Bytes of all entries."""
         return sum(self.size_of(step) for step in self.steps())
 
     def size_of(self, step: int) -> int:
-        """Bytes of the entry of `step`."""
+        """Bytes of what process 0 wrote of `step`."""
         return self._path(step).stat().st_size
 
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step_{step:06d}.p{jax.process_index()}.batch"
+    def _path(self, step: int, part: int = 0) -> Path:
+        return self.folder / f"step_{step:06d}.p{part}.batch"
 
 
-def pack(rollout: Rollout, features: RouterFeatures | None) -> Entry:
-    """A rollout and its recorded features as what an entry holds."""
+def pack(rollout: EveryHost[Rollout]) -> Entry:
+    """A rollout as what an entry holds."""
     arrays = {}
-    for prefix, held in (("", rollout), (_FEATURES, features)):
-        for field in () if held is None else _array_fields(type(held)):
-            value = getattr(held, field)
-            if value is not None:
-                arrays[prefix + field] = np.asarray(jax.device_get(value))
+    for field in _array_fields(Rollout):
+        value = getattr(rollout, field)
+        if value is not None:
+            arrays[field] = np.asarray(value)
     meta = {"reasons": rollout.reasons, "sampling": dataclasses.asdict(rollout.sampling)}
     return arrays, meta
 
 
-def unpack(
-    arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]
-) -> tuple[Rollout, RouterFeatures | None]:
+def unpack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Rollout:
     """The inverse of `pack`."""
-    rollout = Rollout(
+    return Rollout(
         **{field: arrays.get(field) for field in _array_fields(Rollout)},
         reasons=tuple(meta["reasons"]),
         sampling=from_config_dict(SamplingParams, meta["sampling"]),
     )
-    fields = _array_fields(RouterFeatures)
-    if _FEATURES + fields[0] not in arrays:
-        return rollout, None
-    return rollout, RouterFeatures(**{field: arrays[_FEATURES + field] for field in fields})
+
+
+def pack_features(
+    features: Global[RouterFeatures] | None, mesh: Mesh | None
+) -> OwnHost[dict[str, np.ndarray]]:
+    """This host's rows of recorded features, by the names that an entry has for them."""
+    if features is None:
+        return {}
+    own = hosts.own_rows(mesh, len(features.mask))
+    return {
+        _FEATURES + name: hosts.rows_of(getattr(features, name), own, axis)
+        for name, axis in _ROW_AXES.items()
+    }
+
+
+def unpack_features(
+    arrays: OwnHost[Mapping[str, np.ndarray]], rows: int, mesh: Mesh | None
+) -> Global[RouterFeatures] | None:
+    """The inverse of `pack_features`, of a batch of `rows` rows on as many hosts."""
+    held = {name: arrays.get(_FEATURES + name) for name in _ROW_AXES}
+    if held["mask"] is None:
+        return None
+    if hosts.several():
+        first = hosts.own_rows(mesh, rows).start
+        for name, axis in _ROW_AXES.items():
+            sharding = batch_sharding(mesh, held[name].ndim, axis)
+            held[name] = hosts.put_own(held[name], sharding, rows, first, axis)
+    return RouterFeatures(**held)
 
 
 def _array_fields(cls: type) -> list[str]:

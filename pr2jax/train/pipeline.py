@@ -6,6 +6,7 @@ written to a file: the same command goes on wherever it was stopped.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import logging
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pr2jax.core import hosts
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import versions
 from pr2jax.core.metrics import write_json, write_summary
@@ -51,10 +53,8 @@ def _evaluation(
     """
     path = session.workdir / f"eval_{name}.json"
     of = {"steps": steps, "eval": session.config_json["eval"]}
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.get("of") == of:
-            return found
+    if (found := _known(path, of)) is not None:
+        return found
     start = time.monotonic()
     result = evaluator.full(params)
     figures = {
@@ -70,6 +70,15 @@ def _evaluation(
     )
     log.info("%s, %d held-out problems: %s", name, len(evaluator.problems), shown)
     return figures
+
+
+def _known(path: Path, of: dict[str, Any]) -> dict[str, Any] | None:
+    """What the file holds where it is of `of`: on all hosts what it is on process 0."""
+    found = None
+    if hosts.first() and path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found = found if found.get("of") == of else None
+    return hosts.from_first(found)
 
 
 def _intervals(metrics: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
@@ -102,7 +111,7 @@ def _summary(session: Session, **figures: Any) -> dict[str, Any]:
     summary = {
         "mode": session.cfg.mode,
         **figures,
-        "verifiers": dict(session.pool.stats) if session.verifies else {},
+        "verifiers": _verifiers(session),
         "sampler": {k: int(v) for k, v in session.sampler.stats.items()} if session.samples else {},
         "versions": versions(),
         "compute_dtype": session.dtype.name,
@@ -111,6 +120,16 @@ def _summary(session: Session, **figures: Any) -> dict[str, Any]:
     }
     write_summary(session.workdir, summary)
     return summary
+
+
+def _verifiers(session: Session) -> dict[str, int]:
+    """Counts of the verifiers of all hosts."""
+    if not session.verifies:
+        return {}
+    total: collections.Counter[str] = collections.Counter()
+    for own in hosts.gather(dict(session.pool.stats)):
+        total.update(own)
+    return dict(total)
 
 
 def _stage(outcome: Outcome) -> dict[str, Any]:
@@ -162,7 +181,8 @@ def run_pretrain(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
             start=start["metrics"],
             end=end["metrics"],
         )
-        report.write_pretrain(session, summary)
+        if hosts.first():
+            report.write_pretrain(session, summary)
 
 
 def _grow(session: Session, data: PretrainData, profile_steps: int) -> None:
@@ -184,10 +204,10 @@ def _grow(session: Session, data: PretrainData, profile_steps: int) -> None:
         end=end["metrics"],
         stages=plan,
         predicted_saving=emo.predicted_saving(plan),
-        measured_saving=emo.measured_saving(session.workdir, phases),
-        growth=emo.events(session.workdir, phases),
+        **(emo.outcome(session.workdir, phases) if hosts.first() else {}),
     )
-    report.write_pretrain(session, summary, emo.rows(session.workdir, phases))
+    if hosts.first():
+        report.write_pretrain(session, summary, emo.rows(session.workdir, phases))
 
 
 def _held_out(
@@ -197,10 +217,8 @@ def _held_out(
     those of as many steps on the same documents."""
     path = session.workdir / f"eval_{name}.json"
     of = {"steps": steps, "documents": trainer.data.fingerprint()}
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.get("of") == of:
-            return found
+    if (found := _known(path, of)) is not None:
+        return found
     figures = {"metrics": _intervals(trainer.full(params)), "of": of}
     write_json(path, figures)
     shown = ", ".join(f"{key} {m['value']:.4f}" for key, m in figures["metrics"].items())
@@ -220,7 +238,8 @@ def run_sft(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
             session, evaluator, "end", outcome.state.params, outcome.steps
         )
         summary = _summary(session, sft=_stage(outcome), end=_figures(end))
-        report.write_sft(session, summary, end)
+        if hosts.first():
+            report.write_sft(session, summary, end)
 
 
 def run_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
@@ -237,7 +256,8 @@ def run_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
             session, evaluator, "end", outcome.state.params, outcome.steps
         )
         summary = _summary(session, rl=_stage(outcome), start=_figures(start), end=_figures(end))
-        report.write_rl(session, summary, start, end)
+        if hosts.first():
+            report.write_rl(session, summary, start, end)
 
 
 def run_sft_then_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
@@ -281,7 +301,8 @@ def run_sft_then_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
             gain=_gain(start, end),
             gain_over_sft_continued=_gain(other, end),
         )
-        report.write_comparison(session, summary, start, end, other)
+        if hosts.first():
+            report.write_comparison(session, summary, start, end, other)
 
 
 def run_pretrain_sft_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> None:

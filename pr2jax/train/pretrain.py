@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from pr2jax.core import hosts
 from pr2jax.core.config import ConfigError
 from pr2jax.core.hardware import needed_bytes, peak_flops
 from pr2jax.core.optim import build_optimizer
@@ -22,11 +22,12 @@ from pr2jax.data import training
 from pr2jax.data.documents import Documents, read_documents, split
 from pr2jax.data.held_out import HeldOut, held_out_rows
 from pr2jax.data.packing import PackedRows
-from pr2jax.data.stream import Batch, RowStream
+from pr2jax.data.stream import Piece, RowStream
 from pr2jax.evaluation.passk import Interval, ratio_interval
 from pr2jax.models.flops import training_flops
 from pr2jax.train.config import Config, PretrainConfig
 from pr2jax.train.session import Session
+from pr2jax.train.streams import Streams
 from pr2jax.train.supervised import make_packed_score, make_packed_step, place_rows
 
 log = logging.getLogger("pr2jax")
@@ -43,6 +44,18 @@ class PretrainData:
     def fingerprint(self) -> str:
         """Of every document and its place: what a stream's position refers to."""
         return "-".join(d.fingerprint() for d in (*self.train, *self.held_out))
+
+    def _part(self, part: int, parts: int, rows: int) -> RowStream:
+        cfg = self.session.cfg.pretrain
+        return RowStream(
+            self.data.train,
+            self.data.weights,
+            self.session.tokenizer,
+            row_length=cfg.row_length,
+            batch=rows,
+            seed=self.session.cfg.seed,
+            shard=(part, parts),
+        )
 
     def counts(self) -> dict[str, dict[str, int]]:
         """For each source: documents to train on, held out, left out as empty; bytes."""
@@ -98,7 +111,7 @@ def with_trained_tokenizer(cfg: Config, data: PretrainData) -> Config:
 
 class PretrainTrainer:
     """Pre-training as the loop sees it. The stream's position is its memory; batch `index` is a
-    function of documents, seed and number of hosts."""
+    function of documents, seed and the number of parts that the documents are dealt into."""
 
     def __init__(self, session: Session, data: PretrainData, name: str = "pretrain"):
         cfg = session.cfg.pretrain
@@ -106,33 +119,37 @@ class PretrainTrainer:
         self.max_skipped_in_row = cfg.max_skipped_in_row
         self.console = ("loss", "eval/loss", "tokens_per_second", "learning_rate")
         self.session, self.data = session, data
-        self.hosts = jax.process_count()
-        self.scored_rows = cfg.batch // cfg.accumulate  # what a device holds at a time
-        if cfg.batch % self.hosts:
-            raise ConfigError(f"pretrain.batch: {self.hosts} hosts do not divide {cfg.batch} rows")
+        self.scored_rows = cfg.batch // cfg.accumulate  # what the devices hold at a time
+        own = hosts.own_rows(session.mesh, cfg.batch)
         try:
-            self.stream = RowStream(
-                data.train,
-                data.weights,
-                session.tokenizer,
-                row_length=cfg.row_length,
-                batch=cfg.batch // self.hosts,
-                seed=session.cfg.seed,
-                shard=(jax.process_index(), self.hosts),
-            )
+            self.stream = Streams(self._part, cfg.batch, own, cfg.parts or jax.process_count())
             self.held_out = self._held_out()
         except ValueError as error:
-            raise ConfigError(f"pretrain.data.{error}") from None
+            told = str(error)
+            key = "pretrain." if told.startswith("batch:") else "pretrain.data."
+            raise ConfigError(f"{key}{told}") from None
         self.optimizer = build_optimizer(cfg.optim, session.specs)
         model, dtype, mesh = session.cfg.model, session.dtype, session.mesh
         self._step = make_packed_step(
             model, cfg, self.optimizer, dtype=dtype, mesh=mesh, accumulate=cfg.accumulate
         )
         self._score = make_packed_score(model, dtype=dtype, mesh=mesh)
-        self._batch: Batch | None = None
+        self._pieces: list[list[Piece]] | None = None
         context = (cfg.row_length + 1) / 2
         self._flops, _ = training_flops(model, cfg.batch * cfg.row_length, context)
         self._peak = peak_flops() * jax.device_count()
+
+    def _part(self, part: int, parts: int, rows: int) -> RowStream:
+        cfg = self.session.cfg.pretrain
+        return RowStream(
+            self.data.train,
+            self.data.weights,
+            self.session.tokenizer,
+            row_length=cfg.row_length,
+            batch=rows,
+            seed=self.session.cfg.seed,
+            shard=(part, parts),
+        )
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Documents, bytes, and what the held-out figures are over, by source."""
@@ -163,7 +180,7 @@ class PretrainTrainer:
         """What a step of random parameters on random tokens takes: `step_seconds` (median of
         `steps` after one that compiles) and `memory_bytes` a device, by the compiler."""
         session, cfg = self.session, self.session.cfg
-        rows, length = cfg.pretrain.batch // self.hosts, cfg.pretrain.row_length
+        rows, length = len(self.stream.rows), cfg.pretrain.row_length
         shape = (rows, length)
         values = {
             "tokens": np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape),
@@ -174,7 +191,7 @@ class PretrainTrainer:
         # Of the very types of real rows: the run's first step is to find this program.
         types = {name: field.dtype for name, field in self.held_out[0].rows._asdict().items()}
         fields = {name: values[name].astype(kind) for name, kind in types.items()}
-        batch = place_rows(PackedRows(**fields), session.mesh)
+        batch = self._place(PackedRows(**fields))
         params = init_params(session.specs, session.key("measure"), session.shardings)
         state = jax.block_until_ready(self.initial_state(params))
         del params
@@ -193,35 +210,40 @@ class PretrainTrainer:
         if index != self.stream.position:
             raise RuntimeError(f"step {index}, but the stream stands at {self.stream.position}")
         start = time.monotonic()
-        self._batch = batch = next(self.stream)
+        own, self._pieces = next(self.stream)
         waited = time.monotonic() - start
-        state, metrics = self._step(state, place_rows(batch.rows, self.session.mesh))
+        state, metrics = self._step(state, self._place(own))
         # The stream reads ahead in threads of its own: waiting here keeps no data waiting.
         jax.block_until_ready(state.step)
         seconds = time.monotonic() - start
         cfg = self.session.cfg.pretrain
-        rows = cfg.batch // self.hosts
+        rows, pieces = cfg.batch, self._pieces
         metrics |= {
             "tokens_per_second": (cfg.batch * cfg.row_length, seconds),
             "time/data": (waited, 1.0),
             "model_flops_per_second": (self._flops, seconds),
-            "documents_per_row": (sum(len(row) for row in batch.pieces), rows),
-            "cut_per_row": (batch.cut, rows),
+            "documents_per_row": (sum(len(row) for row in pieces), rows),
+            "cut_per_row": (sum(piece.start > 0 for row in pieces for piece in row), rows),
         }
         if self._peak:
             metrics["mfu"] = (self._flops / self._peak, seconds)
         if len(self.data.train) > 1:
             for documents in self.data.train:
-                own = sum(row[0].source == documents.name for row in batch.pieces)
+                own = sum(row[0].source == documents.name for row in pieces)
                 metrics[f"share/{documents.name}"] = (own, rows)
         return state, metrics
 
+    def _place(self, rows: hosts.OwnHost[PackedRows]) -> hosts.Global[PackedRows]:
+        """This host's rows of a training batch, on the devices."""
+        total, first = self.session.cfg.pretrain.batch, self.stream.rows.start
+        return place_rows(rows, self.session.mesh, total, first)
+
     def consumed(self, index: int) -> list[str]:
-        """What step `index`, the last one, learned from on this host: "SOURCE/EPOCH/DOCUMENT:
+        """What step `index`, the last one, learned from: "SOURCE/EPOCH/DOCUMENT:
         START-STOP" in tokens, a segment each. Documents count within the training ones."""
-        if self._batch is None or self.stream.position != index + 1:
+        if self._pieces is None or self.stream.position != index + 1:
             raise RuntimeError(f"step {index} is not the last one")
-        return [str(piece) for row in self._batch.pieces for piece in row]
+        return [str(piece) for row in self._pieces for piece in row]
 
     def evaluate(self, state: TrainState, index: int) -> dict[str, float]:
         """Held-out "eval/loss" (nats a token), "eval/bits_per_byte"; by source if several."""
@@ -252,31 +274,28 @@ class PretrainTrainer:
 
     def _score_rows(self, params, rows: PackedRows, start: int) -> tuple[np.ndarray, np.ndarray]:
         """(nats, targets) of `scored_rows` rows from `start`; those after the last count 0."""
-        size = self.scored_rows
-        own = size // self.hosts
-        first = start + jax.process_index() * own
-        part = PackedRows(*(field[first : first + own] for field in rows))
-        missing = own - len(part.tokens)
+        size, mesh = self.scored_rows, self.session.mesh
+        own = hosts.own_rows(mesh, size)
+        part = PackedRows(*(field[start + own.start : start + own.stop] for field in rows))
+        missing = len(own) - len(part.tokens)
         part = PackedRows(*(np.pad(field, ((0, missing), (0, 0))) for field in part))
-        return jax.device_get(self._score(params, place_rows(part, self.session.mesh)))
+        return jax.device_get(self._score(params, place_rows(part, mesh, size, own.start)))
 
     def memory(self) -> dict[str, Any]:
-        """Where each host's stream stands, and in which documents."""
-        return {"streams": of_all_hosts(self.stream.state()), "documents": self.data.fingerprint()}
+        """Where each part's stream stands, and in which documents."""
+        return {"streams": self.stream.state(), "documents": self.data.fingerprint()}
 
     def remember(self, memory: dict[str, Any]) -> None:
-        """Raises ConfigError where documents or the number of hosts are not those of the run."""
+        """Raises ConfigError where the documents are not those of the run."""
         if memory["documents"] != self.data.fingerprint():
             raise ConfigError(
                 "pretrain.data: the documents are not those that the checkpoint was trained on; "
                 "a run in a new workdir with --config.init_from goes on from its parameters"
             )
-        if len(memory["streams"]) != self.hosts:
-            raise ConfigError(
-                f"pretrain.data: the checkpoint's data was read by {len(memory['streams'])} "
-                f"hosts, there are {self.hosts} now"
-            )
-        self.stream.restore(memory["streams"][jax.process_index()])
+        try:
+            self.stream.restore(memory["streams"])
+        except ConfigError as error:
+            raise ConfigError(f"pretrain.{error}") from None
 
 
 def _figures(prefix: str, nats, counts, sizes) -> dict[str, Interval]:
@@ -284,15 +303,3 @@ def _figures(prefix: str, nats, counts, sizes) -> dict[str, Interval]:
         f"{prefix}loss": ratio_interval(nats, counts),
         f"{prefix}bits_per_byte": ratio_interval(nats / math.log(2.0), sizes),
     }
-
-
-def of_all_hosts(text: str) -> list[str]:
-    """Every process's `text`, in order: one process writes the checkpoint for all."""
-    if jax.process_count() == 1:
-        return [text]
-    data = np.frombuffer(text.encode("utf-8"), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(len(data)))
-    padded = np.zeros(int(np.max(sizes)), np.uint8)
-    padded[: len(data)] = data
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes.tolist(), strict=True)]

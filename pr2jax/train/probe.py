@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pr2jax.core import hosts
 from pr2jax.core.metrics import Metrics
 from pr2jax.core.optim import OptimConfig
 from pr2jax.core.state import TrainState
@@ -79,7 +80,8 @@ class Window:
         self.features = batch.features
         if self.features is None:
             self.features = self._recorded(state.params, *self._places(batch, rollout))
-        where = np.where(self.features.mask, self.features.positions, 0)
+        mask, positions = hosts.to_host((self.features.mask, self.features.positions))
+        where = np.where(mask, positions, 0)
         self.used = np.take_along_axis(np.asarray(routes), where[None, :, :, None], axis=2)
         self.first = np.unique(rollout.group_ids, return_inverse=True)[1] % 2 == 0
         self.shift = batch.shift
@@ -120,7 +122,7 @@ class Window:
     def close(self) -> dict[str, Any]:
         """The metrics of all moments; keeps what the next window is compared with."""
         self.probe.previous = (self.index, self.maps)
-        return jax.device_get(self.metrics)
+        return hosts.to_host(self.metrics)
 
 
 def _report(params, features: RouterFeatures, logits_now, first, used, shifts, *, model):

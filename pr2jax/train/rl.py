@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from pr2jax.core import hosts
 from pr2jax.core.metrics import merge
 from pr2jax.core.optim import build_optimizer
 from pr2jax.core.state import TrainState, create
@@ -125,7 +125,7 @@ class RLTrainer:
                 window.measure("last", state.params, i)
             state, metrics = self._mini(state, put_batch(mini, self.session.mesh), i > 0)
             found.append(metrics)
-        out = self._merge(jax.device_get(found))
+        out = self._merge(hosts.to_host(found))
         if window and steps:
             window.measure("window", state.params, len(steps))
             out |= window.close()
@@ -151,13 +151,13 @@ class RLTrainer:
             if recompute:
                 batch = batch.replace(features=scores.features)
             if wanted:
-                batch = batch.replace(old_logprobs=np.asarray(scores.logprobs))
+                batch = batch.replace(old_logprobs=hosts.to_host(scores.logprobs))
             if self.plan.recorder == "scoring":
-                batch = batch.replace(routes=np.asarray(scores.routes))
+                batch = batch.replace(routes=hosts.to_host(scores.routes))
         if self._reference is not None:
             # The reference routes live: it is a policy of its own.
             scores = self._score(self._reference, split.replace(routes=None, features=None))
-            batch = batch.replace(ref_logprobs=np.asarray(scores.logprobs))
+            batch = batch.replace(ref_logprobs=hosts.to_host(scores.logprobs))
         return batch
 
     def _places(self, rollout: Rollout, batch: LearnerBatch, index: int):

@@ -26,8 +26,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from pr2jax.core.checkpoint import fingerprint
+from pr2jax.core import hosts
 from pr2jax.core.config import ConfigError
+from pr2jax.core.fingerprints import fingerprint
 from pr2jax.core.optim import OptimConfig
 from pr2jax.core.state import TrainState
 from pr2jax.data.packing import BatchOrder
@@ -37,7 +38,7 @@ from pr2jax.replay.modes import lookahead_shift, plan, selection_shift
 from pr2jax.replay.routes import save_routes
 from pr2jax.sampler.types import Rollout
 from pr2jax.tasks.base import Problem, domain_of
-from pr2jax.train.journal import Journal, pack, unpack
+from pr2jax.train.journal import Entry, Journal, pack, pack_features, unpack, unpack_features
 from pr2jax.train.rounds import Round, failures, reward_terms, select, signals, totals
 from pr2jax.train.session import Session
 
@@ -124,7 +125,8 @@ class RolloutSource:
         if found is None:
             start = self.position
             found, self.position = self._make(state, index, shift)
-            if self.session.cfg.loop.save_routes and found.rollout.routes is not None:
+            saves = self.session.cfg.loop.save_routes and hosts.first()
+            if saves and found.rollout.routes is not None:
                 self._save_routes(found, index)
             found = self._record(state, index, start, found)
         self._exact = False
@@ -301,8 +303,9 @@ class RolloutSource:
     def _record(self, state: TrainState, index: int, start: int, found: Gathered) -> Gathered:
         if self.journal is None:
             return found
-        arrays, meta = pack(found.rollout, found.features)
+        arrays, meta = pack(found.rollout)
         meta |= {
+            "layout": None if found.features is None else self._layout(),
             "start": start,
             "end": self.position,
             "state": fingerprint(state),
@@ -311,7 +314,14 @@ class RolloutSource:
             "metrics": found.metrics,
             "seconds": found.seconds,
         }
-        size = self.journal.write(index, arrays | {"keep": found.keep}, meta)
+        arrays |= {"keep": found.keep}
+        features = pack_features(found.features, self.session.mesh)
+        part, size = jax.process_index(), 0
+        with hosts.together("writing the journal"):
+            if part == 0:
+                size = self.journal.write(index, arrays | features, meta)
+            elif features:
+                self.journal.write(index, features, {}, part)
         known = {"journal/replayed": 0.0, "journal/bytes": float(size)}
         return dataclasses.replace(found, metrics=found.metrics | known)
 
@@ -322,7 +332,9 @@ class RolloutSource:
         ones have them where the learner's programs repeat to the bit, as on CPU; elsewhere the
         batch is as off-policy as they differ, which its log-probs account for.
         """
-        entry = None if self.journal is None else self.journal.read(index)
+        if self.journal is None:
+            return None
+        entry, features = self._read(self.journal, index)
         if entry is None:
             return None
         arrays, meta = entry
@@ -339,9 +351,8 @@ class RolloutSource:
             log.info("journal: step %d was sampled and graded already", index + 1)
         self.position = meta["end"]
         known = {"journal/replayed": 1.0, "journal/bytes": float(self.journal.size_of(index))}
-        rollout, features = unpack(arrays, meta)
         return Gathered(
-            rollout=rollout,
+            rollout=unpack(arrays, meta),
             features=features,
             keep=arrays["keep"],
             consumed=meta["consumed"],
@@ -349,3 +360,23 @@ class RolloutSource:
             metrics=meta["metrics"] | known,
             seconds=meta["seconds"],
         )
+
+    def _read(self, journal: Journal, index: int) -> tuple[Entry | None, RouterFeatures | None]:
+        """The entry of `index` and its features, where every host has its part of them."""
+        with hosts.together("reading the journal"):
+            entry, own = journal.read(index), {}
+            layout = None if entry is None else entry[1].get("layout")
+            if layout is not None and layout == self._layout():
+                part = jax.process_index()
+                own = (journal.read(index, part) or ({}, {}))[0] if part else entry[0]
+        if not all(hosts.gather(entry is not None)):
+            return None, None
+        if layout is not None and not all(hosts.gather("features/mask" in own)):
+            journal.drop(index, "has features of other hosts or another mesh")
+            return None, None
+        return entry, unpack_features(own, len(entry[0]["lengths"]), self.session.mesh)
+
+    def _layout(self) -> dict[str, Any]:
+        """How features are divided over hosts."""
+        mesh = self.session.mesh
+        return {"processes": jax.process_count(), "mesh": dict(mesh.shape) if mesh else {}}

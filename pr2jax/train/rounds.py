@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
+from pr2jax.core import hosts
 from pr2jax.models.predictor import RouterFeatures
 from pr2jax.rl.advantages import zero_variance
 from pr2jax.sampler.types import FINISH_STOP, Rollout
@@ -67,7 +68,7 @@ def select(
         rollout = rollout.replace(routes=take(1, *(r.rollout.routes for r in rounds)))
     if first.features is None:
         return rollout, None
-    held = [jax.device_get(r.features) for r in rounds]
+    held = [hosts.to_host(r.features) for r in rounds]
     features = RouterFeatures(
         positions=take(0, *(f.positions for f in held)),
         mask=take(0, *(f.mask for f in held)),
@@ -93,8 +94,9 @@ def reward_terms(
 
 
 def failures(pool: VerifierPool) -> int:
-    """Responses so far that a verifier could not judge within its limits."""
-    return sum(pool.stats[kind] for kind in ("timeouts", "crashes", "memory", "errors"))
+    """Responses so far that a verifier could not judge within its limits, on all hosts."""
+    own = sum(pool.stats[kind] for kind in ("timeouts", "crashes", "memory", "errors"))
+    return sum(hosts.gather(own))
 
 
 def totals(rounds: list[Round]) -> dict[str, float]:

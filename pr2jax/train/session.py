@@ -16,7 +16,7 @@ import jax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from pr2jax.core import rng
+from pr2jax.core import hosts, rng
 from pr2jax.core.checkpoint import CheckpointError, read_checkpoint, restore_params
 from pr2jax.core.config import ConfigError, from_config_dict
 from pr2jax.core.device import resolve_dtype, versions
@@ -102,6 +102,11 @@ class Session:
         Raises ConfigError naming a problem that needs a judge where none is configured, or the
         reason why programs cannot be isolated on this machine.
         """
+        if hosts.several() and self.cfg.verifier.judge.kind == "sampler":
+            raise ConfigError(
+                "verifier.judge.kind: 'sampler' judges in a run of one process; serve the judge's "
+                "model and use 'endpoint'"
+            )
         needed = {needs(problem): problem for problem in problems}
         if "judge" in needed and self.judge is None:
             problem = needed["judge"]
@@ -110,11 +115,12 @@ class Session:
                 "model judge, and it is 'none'"
             )
         if "sandbox" in needed and not self.verifies:
-            try:
-                with Sandbox(self.cfg.verifier.sandbox) as sandbox:
-                    log.info("sandbox: programs run in tier %r", sandbox.tier)
-            except SandboxError as error:
-                raise ConfigError(f"verifier.sandbox.isolation: {error}") from None
+            with hosts.together("trying the sandbox"):
+                try:
+                    with Sandbox(self.cfg.verifier.sandbox) as sandbox:
+                        log.info("sandbox: programs run in tier %r", sandbox.tier)
+                except SandboxError as error:
+                    raise ConfigError(f"verifier.sandbox.isolation: {error}") from None
 
     @functools.cached_property
     def judge(self) -> Judge | None:
@@ -334,6 +340,23 @@ def like_checkpoint(cfg: Config) -> Config:
     return found
 
 
+def _check_shared(workdir: Path) -> None:
+    """Raises ConfigError where the hosts' `workdir` is not one and the same folder."""
+    if not hosts.several():
+        return
+    mark = workdir / f".shared.{os.getpid()}"
+    if hosts.first():
+        mark.write_text("")
+    seen = hosts.gather((workdir / hosts.from_first(mark.name)).exists())
+    if hosts.first():
+        mark.unlink()
+    if not all(seen):
+        raise ConfigError(
+            f"--workdir: {workdir} is not the same folder on process 0 and process "
+            f"{seen.index(False)}; use one that all hosts mount, or gs://"
+        )
+
+
 def check_batches(cfg: Config, mesh: Mesh) -> None:
     """Raises ConfigError for a batch whose rows the mesh does not divide."""
     rows = batch_shards(mesh)
@@ -374,12 +397,14 @@ def open_session(
     specs = param_specs(cfg.model)
     shardings = None if mesh is None else param_shardings(specs, mesh)
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    wall = workdir / _WALL
-    before = float(json.loads(wall.read_text())["wall_seconds"]) if wall.exists() else 0.0
+    with hosts.together(f"opening {workdir}"):
+        workdir.mkdir(parents=True, exist_ok=True)
+        wall = workdir / _WALL
+        before = float(json.loads(wall.read_text())["wall_seconds"]) if wall.exists() else 0.0
+    _check_shared(workdir)
     session = Session(cfg, workdir, tokenizer, mesh, dtype, specs, shardings, started, before)
     write_json(workdir / "config.json", session.config_json)
-    if jax.process_index() == 0:
+    if hosts.first():
         save_tokenizer(cfg.tokenizer, workdir / _TOKENIZER)
     found = versions()
     log.info("devices: %d x %s; jax %s", found["devices"], found["device_kind"], found["jax"])

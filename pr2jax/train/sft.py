@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import jax
 import numpy as np
 
+from pr2jax.core import hosts
 from pr2jax.core.config import ConfigError
 from pr2jax.core.optim import OptimConfig, build_optimizer
 from pr2jax.core.sharding import batch_sharding
@@ -79,7 +79,7 @@ class SFTTrainer:
         mesh = self.session.mesh
         if mesh is None:
             return rows
-        return jax.device_put(rows, batch_sharding(mesh, 2))
+        return PackedRows(*(hosts.put(field, batch_sharding(mesh, 2)) for field in rows))
 
     def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Any]]:
         """One optimizer step."""

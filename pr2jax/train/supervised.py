@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from pr2jax.core import hosts
+from pr2jax.core.hosts import Global, OwnHost
 from pr2jax.core.optim import Optimizer
 from pr2jax.core.sharding import batch_sharding, replicated
 from pr2jax.core.state import TrainState, all_finite, select_finite
@@ -164,9 +166,12 @@ def make_packed_score(
     return score
 
 
-def place_rows(rows: PackedRows, mesh: Mesh | None) -> PackedRows:
-    """This process's rows of a batch as global arrays over the mesh (no mesh: as they are)."""
+def place_rows(
+    rows: OwnHost[PackedRows], mesh: Mesh | None, total: int | None = None, first: int = 0
+) -> Global[PackedRows]:
+    """A batch of `total` rows as global arrays over the mesh (no mesh: as they are), of which this
+    host gives those from `first` on."""
     if mesh is None:
         return PackedRows(*(np.ascontiguousarray(field) for field in rows))
-    sharding = batch_sharding(mesh, 2)
-    return PackedRows(*(jax.make_array_from_process_local_data(sharding, f) for f in rows))
+    sharding, total = batch_sharding(mesh, 2), total or len(rows.tokens)
+    return PackedRows(*(hosts.put_own(field, sharding, total, first) for field in rows))

@@ -117,6 +117,7 @@ def _source(tmp_path, hard=3, mode="off", slots=8, loop=None, **rl) -> RolloutSo
     )
     tokenizer = build_tokenizer(TokenizerConfig(kind="char", alphabet="0123456789+-= "))
     session = types.SimpleNamespace(
+        mesh=None,
         cfg=cfg,
         config_json=dataclasses.asdict(cfg),
         workdir=tmp_path,
