@@ -3,33 +3,37 @@
 `DIR/STEP/` holds two orbax items: `state`, the arrays, and `record`, JSON with what the caller
 gave (`extra`, `metrics`) and, for every array, its shape, dtype and fingerprint. A directory
 takes its final name when all of it is on disk, so an interrupted save leaves nothing that could
-be taken for a checkpoint. The fingerprint is checked on restore, because neither zarr nor OCDBT
-notices a flipped bit; it is an integer sum, hence the same on every mesh.
+be taken for a checkpoint; right after that its files' digests are written (core/manifest.py). On
+restore files, record and fingerprints are checked, because neither zarr nor OCDBT notices a flipped
+bit. A step without a manifest (the writer was killed in between, or is of before there were any)
+is checked by record and fingerprints alone, and gets one then.
 """
 
 import contextlib
 import json
+import logging
 import math
 import os
-import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import traverse_util
-from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, UInt32
 
-from pr2jax.core.params import Tree, map_with_path, path_str
+from pr2jax.core import hosts, manifest
+from pr2jax.core.fingerprints import describe, flatten
+from pr2jax.core.manifest import CheckpointError, DamagedCheckpoint
+from pr2jax.core.params import Tree, map_with_path
+from pr2jax.core.stored import SCHEMA, Stored, brief
+
+log = logging.getLogger("pr2jax")
 
 Which = Literal["best", "latest"] | int
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, or not of the state that was asked for; names the path."""
+DAMAGED = "damaged"  # the folder of steps that were set aside
 
 
 class _Keep:
@@ -76,15 +80,18 @@ class Checkpointer:
             cleanup_tmp_directories=not read_only,  # what a killed save left
         )
         self._scores: dict[int, float] = {}
+        self._sealer: manifest.Sealer | None = None
+        self._read_only = read_only
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._stored = Stored(self.directory, self._manager, self.steps)
             steps = self.steps()
         except Exception as error:
-            raise CheckpointError(f"{self.directory}: {_brief(error)}") from error
+            raise CheckpointError(f"{self.directory}: {brief(error)}") from error
         for step in steps:
             # A damaged old step is an error when it is asked for, not before.
             with contextlib.suppress(CheckpointError):
-                self._score(step, self._record(step)["metrics"])
+                self._score(step, self._stored.record(step)["metrics"])
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -109,16 +116,20 @@ class Checkpointer:
         when an earlier save failed, ValueError when `extra` is not JSON.
         """
         steps = self.steps()
+        if hosts.first() and not epath.Path(self.directory).is_dir():
+            raise CheckpointError(f"{self.directory}: not saved: the folder is gone")
         if step in steps:
             return False
         if steps and step < steps[-1]:
             raise CheckpointError(f"{self.directory}: step {steps[-1]} is there, later than {step}")
         record = {
+            "schema": SCHEMA,
             "extra": _jsonable(extra),
             "metrics": {k: float(v) for k, v in (metrics or {}).items()},
             "best": [self.best_metric, self.best_mode],
-            "arrays": _describe(state),
+            "arrays": describe(state),
         }
+        record["digest"] = manifest.digest(record)
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(_nested(state)), record=ocp.args.JsonSave(record)
         )
@@ -126,15 +137,24 @@ class Checkpointer:
         try:
             self._manager.save(step, args=items, force=True)
         except Exception as error:
-            raise CheckpointError(f"{self._path(step)}: not saved: {_brief(error)}") from error
+            raise CheckpointError(
+                f"{self._stored.path(step)}: not saved: {brief(error)}"
+            ) from error
+        if hosts.first():
+            self._sealer = manifest.Sealer(
+                self._stored.path(step), self._manager.is_saving_in_progress
+            )
         return True
 
     def wait(self) -> None:
         """Block until what was saved is on disk. Raises CheckpointError if it could not be."""
+        sealer, self._sealer = self._sealer, None
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise CheckpointError(f"{self.directory}: a save failed: {_brief(error)}") from error
+            raise CheckpointError(f"{self.directory}: a save failed: {brief(error)}") from error
+        if sealer is not None:
+            sealer.wait()
 
     def close(self) -> None:
         """`wait`, then release the writer threads."""
@@ -177,35 +197,99 @@ class Checkpointer:
 
         `abstract_state`: a pytree of `jax.ShapeDtypeStruct`; its shardings may be of another mesh
         or device count than the one that saved (default device where there is none).
-        Raises CheckpointError, naming the path, if the step is missing or damaged, or if its
-        arrays are not exactly those of `abstract_state` (names, shapes, dtypes).
+        Raises DamagedCheckpoint naming the file where one is not as it was written, CheckpointError
+        if the step is missing, or if its arrays are not exactly those of `abstract_state` (names,
+        shapes, dtypes).
         """
         step = self._resolve("latest" if step is None else step)
-        record = self._record(step)
-        wanted, present = _flatten(abstract_state), record["arrays"]
+        sealed = self._verify(step)
+        record = self._stored.record(step)
+        wanted, present = flatten(abstract_state), record["arrays"]
         if odd := sorted(present.keys() - wanted.keys()):
-            raise CheckpointError(f"{self._path(step)}: holds {odd[0]!r}, which is not asked for")
-        self._check(step, wanted, present)
+            raise CheckpointError(
+                f"{self._stored.path(step)}: holds {odd[0]!r}, which is not asked for"
+            )
+        self._stored.check(step, wanted, present)
         if odd := [p for p, x in wanted.items() if np.dtype(x.dtype).name != present[p]["dtype"]]:
             raise CheckpointError(
-                f"{self._path(step)}: {odd[0]!r} is {present[odd[0]]['dtype']}, "
+                f"{self._stored.path(step)}: {odd[0]!r} is {present[odd[0]]['dtype']}, "
                 f"not {np.dtype(wanted[odd[0]].dtype).name}"
             )
-        return _like(abstract_state, self._arrays(step, wanted, present)), record["extra"]
+        arrays = self._stored.arrays(step, wanted, present)
+        state = map_with_path(lambda path, _: arrays[path], abstract_state)
+        if not sealed and not self._read_only and hosts.first():
+            manifest.seal(self._stored.path(step))
+        return state, record["extra"]
+
+    def restore_whole(self, abstract_state: Tree) -> tuple[int, Tree, dict] | None:
+        """(step, state, extra) of the latest step that is whole; None where there is no step.
+
+        Later, damaged ones are told and moved to DIR/damaged, so that they can be saved again.
+        The same on all hosts, which must all call it.
+        Raises DamagedCheckpoint where none is whole (nothing is moved then), and as `restore`.
+        """
+        damaged: dict[int, DamagedCheckpoint] = {}
+        for step in reversed(self.steps()):
+            try:
+                state, extra = self.restore(abstract_state, step)
+            except DamagedCheckpoint as error:
+                damaged[step] = error
+                continue
+            for bad, error in damaged.items():
+                log.warning("%s; moved to %s; step %d is used", error, self._set_aside(bad), step)
+            return step, state, extra
+        if not damaged:
+            return None
+        told = "; ".join(str(error) for error in damaged.values())
+        raise DamagedCheckpoint(f"{self.directory}: no checkpoint here is whole: {told}")
+
+    def _set_aside(self, step: int) -> str:
+        """Moves a step out of the way; returns where it is then."""
+        moved = None
+        if hosts.first():
+            folder = epath.Path(self.directory) / DAMAGED
+            folder.mkdir(parents=True, exist_ok=True)
+            taken = {path.name for path in folder.iterdir()}
+            names = (f"{step}.{n}" if n else str(step) for n in range(len(taken) + 1))
+            moved = folder / next(name for name in names if name not in taken)
+            try:
+                epath.Path(self._stored.path(step)).rename(moved)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self._stored.path(step)}: cannot be moved: {error}"
+                ) from error
+            moved = os.fspath(moved)
+        moved = hosts.from_first(moved)
+        self._scores.pop(step, None)
+        return moved
+
+    def _verify(self, step: int) -> bool:
+        """`manifest.verify`, by one host for all: it must not be one alone that finds damage."""
+        found, error = None, None
+        if hosts.first():
+            try:
+                found = manifest.verify(self._stored.path(step))
+            except CheckpointError as caught:
+                error = [isinstance(caught, DamagedCheckpoint), str(caught)]
+        found, error = hosts.from_first([found, error])
+        if error is not None:
+            raise (DamagedCheckpoint if error[0] else CheckpointError)(error[1])
+        return bool(found)
 
     def read(self, which: Which = "latest") -> tuple[int, dict, dict]:
         """(step, extra, metrics) of a checkpoint, without its arrays. Raises CheckpointError."""
         step = self._resolve(which)
-        record = self._record(step)
+        record = self._stored.record(step)
         return step, record["extra"], record["metrics"]
 
     def params(self, abstract_params: Tree, which: Which = "latest") -> Tree:
         """Only the `params` of a TrainState, cast to the dtypes asked for (`restore_params`)."""
         step = self._resolve(which)
-        present = self._record(step)["arrays"]
-        wanted = {f"params/{p}": x for p, x in _flatten(abstract_params).items()}
-        self._check(step, wanted, present)
-        arrays = self._arrays(step, wanted, present)
+        manifest.verify(self._stored.path(step))
+        present = self._stored.record(step)["arrays"]
+        wanted = {f"params/{p}": x for p, x in flatten(abstract_params).items()}
+        self._stored.check(step, wanted, present)
+        arrays = self._stored.arrays(step, wanted, present)
         cast = jax.jit(lambda tree: {p: x.astype(wanted[p].dtype) for p, x in tree.items()})
         if any(x.dtype != wanted[p].dtype for p, x in arrays.items()):
             arrays = cast(arrays)
@@ -214,16 +298,14 @@ class Checkpointer:
     def arrays(self, which: Which = "latest") -> tuple[int, dict[str, np.ndarray]]:
         """(step, {path: array}) of a checkpoint as it was saved. Raises CheckpointError."""
         step = self._resolve(which)
-        present = self._record(step)["arrays"]
+        manifest.verify(self._stored.path(step))
+        present = self._stored.record(step)["arrays"]
         wanted = {
             path: jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"]))
             for path, x in present.items()
         }
-        found = self._arrays(step, wanted, present)
+        found = self._stored.arrays(step, wanted, present)
         return step, {path: np.asarray(x) for path, x in found.items()}
-
-    def _path(self, step: int) -> str:
-        return os.path.join(self.directory, str(step))
 
     def _resolve(self, which: Which) -> int:
         steps = self.steps()
@@ -235,61 +317,10 @@ class Checkpointer:
             best = self.best_of(steps)
             return steps[-1] if best is None else best
         if which not in steps:
-            raise CheckpointError(f"{self._path(which)}: no such checkpoint; there are {steps}")
-        return which
-
-    def _record(self, step: int) -> dict[str, Any]:
-        record = self._read(step, record=ocp.args.JsonRestore())["record"]
-        if not isinstance(record, dict) or not {"extra", "metrics", "arrays"} <= record.keys():
-            raise CheckpointError(f"{self._path(step)}: its record is incomplete")
-        return record
-
-    def _read(self, step: int, **items: Any) -> Any:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:
-            others = [s for s in self.steps() if s != step]
-            hint = f"; other steps here: {others}" if others else ""
             raise CheckpointError(
-                f"{self._path(step)}: cannot be read: {_brief(error)}{hint}"
-            ) from error
-
-    def _check(self, step: int, wanted: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-        for path, leaf in wanted.items():
-            if path not in present:
-                raise CheckpointError(f"{self._path(step)}: has no array {path!r}")
-            shape = tuple(present[path]["shape"])
-            if shape != tuple(leaf.shape):
-                raise CheckpointError(
-                    f"{self._path(step)}: {path!r} has shape {shape}, not {tuple(leaf.shape)}"
-                )
-
-    def _arrays(
-        self, step: int, wanted: Mapping[str, Any], present: Mapping[str, Any]
-    ) -> dict[str, Array]:
-        """The wanted arrays in the dtypes they were saved in, fingerprints verified."""
-        default = SingleDeviceSharding(jax.devices()[0])
-        flat = {
-            path: jax.ShapeDtypeStruct(
-                leaf.shape,
-                np.dtype(present[path]["dtype"]),
-                sharding=getattr(leaf, "sharding", None) or default,
+                f"{self._stored.path(which)}: no such checkpoint; there are {steps}"
             )
-            for path, leaf in wanted.items()
-        }
-        nested = traverse_util.unflatten_dict(flat, sep="/")
-        args = ocp.args.PyTreeRestore(
-            nested,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(nested),
-            partial_restore=True,
-        )
-        arrays = traverse_util.flatten_dict(self._read(step, state=args)["state"], sep="/")
-        for path, found in _describe(arrays).items():
-            if found != present[path]:
-                raise CheckpointError(
-                    f"{self._path(step)}: {path!r} is not what was saved (damaged on disk?)"
-                )
-        return arrays
+        return which
 
 
 def restore_params(
@@ -323,64 +354,23 @@ def read_arrays(
         return reader.arrays(which)
 
 
-def fingerprint(state: Tree) -> str:
-    """A short name of the exact bits of a state, on any mesh: equal states have equal ones."""
-    sums = np.asarray(_fingerprints(jax.tree.leaves(state)))
-    return f"{zlib.crc32(sums.tobytes()):08x}"
-
-
 def _reader(directory: str | os.PathLike) -> Checkpointer:
     """A read-only Checkpointer that ranks by what the run that wrote the directory ranked by."""
     reader = Checkpointer(directory, read_only=True)
     step = reader.latest_step()
     if step is not None:
-        reader.best_metric, reader.best_mode = reader._record(step).get("best", [None, "max"])
+        reader.best_metric, reader.best_mode = reader._stored.record(step).get(
+            "best", [None, "max"]
+        )
         for step in reader.steps():
             with contextlib.suppress(CheckpointError):
-                reader._score(step, reader._record(step)["metrics"])
+                reader._score(step, reader._stored.record(step)["metrics"])
     return reader
-
-
-@jax.jit
-def _fingerprints(leaves: list[Array]) -> UInt32[Array, " leaves"]:
-    """sum_i (2 i + 1) bits_i mod 2**32 of each array: order of summation cannot change it, and an
-    odd weight per element lets no single flipped bit and few permutations through."""
-
-    def one(x):
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-        index = jnp.zeros(bits.shape, jnp.uint32)
-        for axis, size in enumerate(bits.shape):
-            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(
-                jnp.uint32, bits.shape, axis
-            )
-        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
-
-    return jnp.stack([one(x) for x in leaves])
-
-
-def _describe(tree: Tree) -> dict[str, dict[str, Any]]:
-    flat = _flatten(tree)
-    sums = np.asarray(_fingerprints(list(flat.values()))).tolist()
-    return {
-        path: {"shape": list(x.shape), "dtype": np.dtype(x.dtype).name, "sum": total}
-        for (path, x), total in zip(flat.items(), sums, strict=True)
-    }
-
-
-def _flatten(tree: Tree) -> dict[str, Any]:
-    return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _nested(tree: Tree) -> dict[str, Any]:
     # Names only: a checkpoint outlives the classes whose state it holds.
-    return traverse_util.unflatten_dict(_flatten(tree), sep="/")
-
-
-def _like(tree: Tree, flat: Mapping[str, Array]) -> Tree:
-    return map_with_path(lambda path, _: flat[path], tree)
+    return traverse_util.unflatten_dict(flatten(tree), sep="/")
 
 
 def _jsonable(extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,11 +378,6 @@ def _jsonable(extra: Mapping[str, Any]) -> dict[str, Any]:
         return json.loads(json.dumps(dict(extra)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"extra cannot be written as JSON: {error}") from None
-
-
-def _brief(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
 
 
 def _absolute(directory: str | os.PathLike) -> str:

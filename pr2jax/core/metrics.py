@@ -28,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pr2jax.core.files import storing
+
 Metric = tuple[Float[Array, ""], Float[Array, ""]]
 Metrics = dict[str, Metric]
 
@@ -90,10 +92,17 @@ def write_summary(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> Pat
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as JSON atomically; arrays become lists, not-finite numbers null."""
+    """Write `value` as JSON atomically; arrays become lists, not-finite numbers null.
+
+    Only process 0 of a multi-host run writes.
+    """
+    if jax.process_index() != 0:
+        return
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+    text = json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_atomically(path, text)
 
 
 @contextlib.contextmanager
@@ -101,21 +110,24 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A new file (bytes) that takes `path`'s name, all of it on disk, where the block ends well.
 
     Whoever is killed on the way leaves `.NAME.PID` behind: `remove_leftovers`.
+    Raises StorageError naming `path` where it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name, too
-        finally:
-            os.close(folder)
+        with storing(path):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the name, too
+            finally:
+                os.close(folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: str | os.PathLike) -> list[str]:
@@ -171,35 +183,42 @@ class RowWriter:
 
     With `resume_step`, rows of later steps (written after the checkpoint that the run resumes
     from) are dropped first; so is what a killed writer left of its last line. Only process 0 of
-    a multi-host run writes.
+    a multi-host run writes. What cannot be written raises StorageError naming the file.
     """
 
     def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
         self._file: TextIO | None = None
         if jax.process_index() != 0:
             return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _trim(path, resume_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._path = path = Path(path)
+        with storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _trim(path, resume_step)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write one row, which needs a `step`."""
         if self._file is not None:
-            self._file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
-            self._file.flush()
+            line = json.dumps(_plain(row), allow_nan=False) + "\n"
+            with storing(self._path):
+                self._file.write(line)
+                self._file.flush()
 
     def sync(self) -> None:
         """Has what was written on disk, for a checkpoint that will not write it again."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with storing(self._path):
+                os.fsync(self._file.fileno())
+                if not os.fstat(self._file.fileno()).st_nlink:
+                    raise FileNotFoundError("it was removed while the run wrote to it")
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with storing(self._path):
+                file.close()
 
 
 class MetricWriter:
@@ -218,7 +237,10 @@ class MetricWriter:
             from tensorboardX import SummaryWriter  # slow to import; not every reader needs it
 
             purge = None if resume_step is None else resume_step + 1
-            self._board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=purge)
+            folder = self.workdir / "tensorboard"
+            with storing(folder):
+                # A queue with a limit would stop us for ever once its thread cannot write.
+                self._board = SummaryWriter(str(folder), purge_step=purge, max_queue=0)
 
     def __enter__(self) -> MetricWriter:
         return self
@@ -243,10 +265,11 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flush and close the files."""
+        board, self._board = self._board, None
         self._rows.close()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        if board is not None:
+            with storing(self.workdir / "tensorboard"):
+                board.close()
 
 
 def _trim(path: Path, resume_step: int | None) -> None:

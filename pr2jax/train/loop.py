@@ -1,10 +1,10 @@
 """The one loop that every trainer runs in: resume, step, evaluate, log, save, stop.
 
 A run's position is one number, the steps it has done: batches and random keys are functions of
-it and of what the trainer remembers. Order of a resume: the latest checkpoint's state, position
-and memory are restored and the next step is the one after it; rows of steps after it are dropped
-from metrics.jsonl and ledger.jsonl, since they come again; batches of steps after it that are in
-the journal are learned from as they are.
+it and of what the trainer remembers. Order of a resume: state, position and memory of the latest
+checkpoint that is whole are restored (a damaged one is set aside) and the next step is the one
+after it; rows of steps after it are dropped from metrics.jsonl and ledger.jsonl, since they come
+again; batches of steps after it that are in the journal are learned from as they are.
 
 So a run that is killed at any moment and started again ends in the state of one that never was,
 where its programs repeat to the bit (as on CPU) and nothing in it goes by the clock (a verifier's
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 import signal
@@ -24,7 +25,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
+from jax.experimental import multihost_utils
 
+from pr2jax.core import hosts
 from pr2jax.core.checkpoint import Checkpointer
 from pr2jax.core.device import CompilationCounter, profile
 from pr2jax.core.metrics import MetricWriter, Progress, RowWriter, reduce, remove_leftovers
@@ -114,27 +117,48 @@ class Outcome:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM set `requested`; a second SIGINT raises KeyboardInterrupt at once."""
+    """SIGINT and SIGTERM set `requested`; a second SIGINT raises KeyboardInterrupt at once.
+
+    Of several hosts whichever is told first stops all of them, after the same step (`poll`).
+    """
+
+    # Calls of `poll`, over all stages: what the hosts agree on is one of them.
+    _polls = itertools.count(1)
 
     def __init__(self) -> None:
         self.requested = False
+        self._asked = False
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        # JAX itself listens for SIGTERM where there are several processes.
+        numbers = (signal.SIGINT,) if hosts.several() else (signal.SIGINT, signal.SIGTERM)
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in numbers:
                 self._old[number] = signal.signal(number, self._on_signal)
         return self
+
+    def poll(self) -> bool:
+        """Whether to stop after this step: the same answer on all hosts."""
+        if hosts.several() and not self.requested:
+            self.requested = multihost_utils.reached_preemption_sync_point(next(self._polls))
+            if self.requested:
+                log.warning("a host was told to stop: stopping after this step")
+        return self.requested
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self._asked = True
         log.warning("stopping after this step (again to stop at once)")
+        if hosts.several():
+            os.kill(os.getpid(), signal.SIGTERM)  # the others are to hear of it
+        else:
+            self.requested = True
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
@@ -175,14 +199,14 @@ class _Run:
         self.in_steps = True
 
     def _restore(self) -> bool:
-        """Takes the latest checkpoint, if there is one."""
-        latest = self.checkpoints.latest_step()
-        if latest is None:
-            return False
+        """Takes the latest checkpoint that is whole, if there is any checkpoint."""
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
         )
-        self.state, extra = self.checkpoints.restore(abstract, latest)
+        found = self.checkpoints.restore_whole(abstract)
+        if found is None:
+            return False
+        _, self.state, extra = found
         self.index, self.seconds = int(extra["position"]), float(extra["seconds"])
         self.trainer.remember(extra["memory"])
         log.info("%s: resumed at step %d of %d", self.trainer.name, self.index, self.trainer.steps)
@@ -216,11 +240,12 @@ class _Run:
         self.ledger.write(row)
 
     def close(self) -> None:
-        """Closes what it writes to."""
-        self.writer.close()
-        if self.ledger is not None:
-            self.ledger.close()
-        self.checkpoints.close()
+        """Closes what it writes to, each whatever becomes of the others."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.checkpoints.close)
+            if self.ledger is not None:
+                stack.callback(self.ledger.close)
+            stack.callback(self.writer.close)
 
     def evaluate(self) -> dict[str, float]:
         if self.last_eval_index != self.index:
@@ -276,7 +301,8 @@ def run(
     Raises:
       Interrupted: after SIGINT or SIGTERM; the step was finished and saved.
       TrainingDiverged: too many non-finite steps in a row.
-      CheckpointError: the checkpoint cannot be read, or is of another model.
+      StorageError: a file in the workdir cannot be written.
+      CheckpointError: no checkpoint is whole, or it is of another model, or cannot be saved.
     """
     workdir = Path(workdir)
     with CompilationCounter() as compilations, StopRequest() as stop:
@@ -285,8 +311,13 @@ def run(
         del state
         try:
             _loop(work, stop, max_seconds, profile_steps, workdir)
-        finally:
-            work.close()
+        except BaseException:
+            try:
+                work.close()
+            except Exception as error:  # what ended the run is to be told, not what follows
+                log.warning("%s: while closing: %s", trainer.name, error)
+            raise
+        work.close()
         if stop.requested:  # also after the last step: no next stage is begun
             raise Interrupted(
                 f"{trainer.name}: stopped at step {work.index} of {trainer.steps} and saved in "
@@ -325,9 +356,12 @@ def _loop(work: _Run, stop: StopRequest, max_seconds, profile_steps: int, workdi
         work.account(work.index)
         work.index += 1
         last = work.index == trainer.steps
+        stop.poll()
         if len(work.pending) + 1 >= options.log_every or last or stop.requested:
             jax.block_until_ready(work.state.step)
         work.seconds += time.monotonic() - start
+        if max_seconds is not None:
+            work.seconds = hosts.from_first(work.seconds)  # one clock decides
         work.pending.append((work.index, metrics))
         if work.index == trace_from + profile_steps:
             trace.close()

@@ -16,6 +16,7 @@ from pr2jax.core import rng
 from pr2jax.core.checkpoint import (
     Checkpointer,
     CheckpointError,
+    DamagedCheckpoint,
     read_checkpoint,
     restore_params,
 )
@@ -271,7 +272,7 @@ def test_damage_is_an_error_naming_the_path(tmp_path, how, part):
         victim = tmp_path / "2" / where
     damage(victim, how)
     with Checkpointer(tmp_path) as checkpointer:
-        with pytest.raises(CheckpointError, match=f"^{tmp_path}/2: "):
+        with pytest.raises(DamagedCheckpoint, match=f"^{victim}: damaged: "):
             checkpointer.restore(BIG)
         np.testing.assert_array_equal(checkpointer.restore(BIG, 1)[0]["params"]["x"], values)
 

@@ -76,6 +76,33 @@ def test_resumed_equals_never_stopped(session, kind, tmp_path):
         assert [row.get(key) for row in a] == [row.get(key) for row in b]
 
 
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(session, tmp_path, caplog):
+    whole = _train(session, "rl", tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        _train(session, "rl", tmp_path / "parts", stop_at=3)
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    assert {p.name for p in checkpoints.iterdir()} == {"2", "3"}
+    victim = max((checkpoints / "3" / "state").rglob("*"), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 3] ^= 16
+    victim.write_bytes(content)
+    with caplog.at_level("WARNING", "pr2jax"):
+        resumed = _train(session, "rl", tmp_path / "parts")
+    assert f"{victim}: damaged: " in caplog.text
+    assert (checkpoints / "damaged" / "3").is_dir()
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
+    for name in ("metrics.jsonl", "ledger.jsonl"):
+        a, b = (read_jsonl(tmp_path / run / name) for run in ("whole", "parts"))
+        lines = (tmp_path / "parts" / name).read_text().count("\n")
+        assert len(a) == len(b) == lines
+        assert [row["step"] for row in a] == [row["step"] for row in b]
+        for key in ("items", "reward", "loss", "grad_norm"):
+            assert [row.get(key) for row in a] == [row.get(key) for row in b]
+    # The journal still had the batch of the step that was done again.
+    replayed = {r["step"]: r.get("journal/replayed") for r in read_jsonl(tmp_path / "parts")}
+    assert (replayed[3], replayed[4]) == (1.0, 0.0)
+
+
 def test_a_finished_run_does_nothing_more(session, tmp_path):
     first = _train(session, "sft", tmp_path)
     again = _train(session, "sft", tmp_path)
