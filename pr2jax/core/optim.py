@@ -44,6 +44,11 @@ class ParamGroup:
     """Parameters (`re.search(pattern, path)`) with settings of their own; None inherits.
 
     `clip_norm` inherits the value and still measures the group's own norm; `inf` does not clip.
+
+    Attributes:
+      pattern: regular expression, looked for in a parameter's path.
+      lr_multiplier: times the schedule's learning rate.
+      weight_decay, optimizer, b1, b2, eps: as in OptimConfig.
     """
 
     pattern: str
@@ -78,6 +83,19 @@ class OptimConfig:
     `no_decay` exempts paths from weight decay (default: norms and biases). `total_steps` counts
     optimizer updates; cosine and WSD need it. `eps` is a choice: 1e-15 amplifies the rounding
     noise of parameters without signal.
+
+    Attributes:
+      learning_rate: the peak; a group multiplies it by its lr_multiplier.
+      schedule: after the warm-up: constant, cosine down to the end, or wsd (constant, then a linear
+        fall).
+      warmup_steps: updates over which the rate rises from 0.
+      decay_fraction: of wsd: the last share of total_steps, over which the rate falls.
+      final_fraction: of cosine and wsd: what is left of the peak at total_steps.
+      b1, b2: Adam's decay of its first and second moments.
+      weight_decay: what is taken of a parameter an update, times the rate.
+      clip_norm: largest global norm of a label's gradients (None: not clipped).
+      trainable: parameters whose path matches (re.search) are trained; others never move.
+      groups: parameters with settings of their own, by name; the first pattern that matches counts.
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"

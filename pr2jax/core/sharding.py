@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pr2jax.core.config import ConfigError
@@ -41,20 +42,35 @@ class ShardingError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; `data=-1` takes the devices that the others leave."""
+    """Devices along each mesh axis; `data=-1` takes the devices that the others leave.
+
+    Attributes:
+      data: rows; parameters are copied.
+      fsdp: rows, and a part of every parameter.
+      expert: rows, and a part of the experts.
+      tensor: heads and widths.
+      dcn_data, dcn_fsdp: into how many parts that axis is cut by slices (of GPUs and CPUs: hosts).
+        Its neighbours within a part, and those of every other axis, share a slice and its fast
+        network (ICI); only cuts cross the data centre's (DCN). 1 and 1: devices in their order.
+    """
 
     data: int = -1
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
+    dcn_data: int = 1
+    dcn_fsdp: int = 1
 
     def validate(self) -> None:
         """Raise ConfigError for a size that no mesh can have."""
-        for name in MESH_AXES:
+        for name in (*MESH_AXES, "dcn_data", "dcn_fsdp"):
             size = getattr(self, name)
             if size < 1 and not (name == "data" and size == -1):
                 rest = ", or -1 for the rest" if name == "data" else ""
                 raise ConfigError(f"{name}: {size} devices; need at least 1{rest}")
+            cut = name.removeprefix("dcn_")
+            if cut != name and getattr(self, cut) > 0 and getattr(self, cut) % size:
+                raise ConfigError(f"{name}: {size} does not divide {cut}={getattr(self, cut)}")
 
 
 def mesh_sizes(cfg: MeshConfig, count: int) -> dict[str, int]:
@@ -79,12 +95,34 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(cfg, len(devices))
+    if cfg.dcn_data * cfg.dcn_fsdp > 1:
+        return _across_slices(cfg, sizes, devices)
     return jax.make_mesh(
         tuple(sizes.values()),
         MESH_AXES,
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
         devices=devices,
     )
+
+
+def _across_slices(cfg: MeshConfig, sizes: dict[str, int], devices: list[jax.Device]) -> Mesh:
+    """A mesh whose cut axes alone cross slices (or hosts, of devices that are in no slice)."""
+    slices = {getattr(device, "slice_index", None) for device in devices}
+    by_host = len(slices) == 1
+    count = len({d.process_index for d in devices}) if by_host else len(slices)
+    cuts = {"data": cfg.dcn_data, "fsdp": cfg.dcn_fsdp}
+    if math.prod(cuts.values()) != count:
+        raise ShardingError(
+            f"mesh.dcn_data={cfg.dcn_data} x mesh.dcn_fsdp={cfg.dcn_fsdp} does not multiply to "
+            f"the {count} {'hosts' if by_host else 'slices'} present"
+        )
+    dcn = [cuts.get(name, 1) for name in MESH_AXES]
+    for name, cut in cuts.items():
+        if sizes[name] % cut:
+            raise ShardingError(f"mesh.dcn_{name}={cut} does not divide mesh.{name}={sizes[name]}")
+    inside = [size // cut for size, cut in zip(sizes.values(), dcn, strict=True)]
+    placed = mesh_utils.create_hybrid_device_mesh(inside, dcn, devices, process_is_granule=by_host)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _canonical(entries: list[tuple[str, ...]]) -> PartitionSpec:

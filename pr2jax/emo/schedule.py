@@ -28,6 +28,7 @@ class EMOConfig:
       experts: of each stage, rising, the first those of the configured model (empty: no growth).
       budget: where the stages' lengths come from: `law`, `shares` (of the run's steps, adding up
         to 1) or `steps` (of each stage, adding up to the run's).
+      shares, steps: of each stage, where the budget is theirs.
       law: the joint MoE law; its expert count is E / k.
       law_params: N in the law (0: the model's active parameters without embeddings).
       growth: how newborns start.

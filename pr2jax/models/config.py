@@ -15,6 +15,15 @@ class RopeScaling:
     `linear` divides positions by `factor` (Chen et al. 2023); `llama3` interpolates the low
     frequencies only (Llama 3.1); `yarn` blends by wavelength and scales attention by
     `attention_factor` (Peng et al. 2023), 0 meaning 0.1 ln(factor) + 1.
+
+    Attributes:
+      kind: which; `none` leaves the frequencies.
+      original_max_position: positions that the model was trained on before.
+      low_freq_factor, high_freq_factor: of llama3: wavelengths above original_max_position over the
+        first are divided, below it over the second are kept, between them blended.
+      beta_fast, beta_slow: of yarn: turns within the trained positions from which on a frequency is
+        kept, and up to which it is divided.
+      truncate: of yarn: the bounds of the blend are rounded to whole dimensions.
     """
 
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
@@ -49,6 +58,12 @@ class MoEConfig:
     experts have weights but take no part: no selection, softmax, loss or statistic knows them
     (emo/expansion.py). `impl` is the grouped matmul (`auto`: by platform, experts.py) and
     `block_size` its rows a block (0: by the load).
+
+    Attributes:
+      num_experts: E, of each MoE layer.
+      top_k: k, experts that a token uses.
+      expert_dim: hidden width of an expert.
+      score: what the router makes of its logits.
     """
 
     num_experts: int = 16
@@ -147,6 +162,23 @@ class ModelConfig:
     (0: off). With `mla`, attention is over latents: `num_kv_heads` and `head_dim` are not read,
     `attention_bias` is that of the projections into latents, and the norms are its own
     (`qk_norm="none"`).
+
+    Attributes:
+      vocab_size: embeddings (0 in a run: as many as the tokenizer has ids).
+      d_model: width of the residual stream.
+      num_layers, num_heads, num_kv_heads, head_dim: layers, query heads, key and value heads, and
+        their width.
+      attention_bias, attention_out_bias: biases of the projections to queries, keys and values, and
+        of the one back.
+      rope_theta: base of the rotary frequencies.
+      norm_eps: of every RMSNorm.
+      tie_embeddings: the head is the embedding's table.
+      init_stddev: of random embeddings.
+      attention_impl: kernel of full rows (`auto`: by platform and shape, attention.py).
+      remat: what the backward pass computes again instead of keeping: nothing, whole layers, or all
+        but the products.
+      scan_layers: layers as one scanned program (compiles faster), or as straight code.
+      logprob_chunk: tokens whose logits are in memory at a time.
     """
 
     vocab_size: int = 256

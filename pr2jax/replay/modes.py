@@ -47,8 +47,10 @@ class ReplayConfig:
       tokens: which input positions the predictor learns from; `all` needs recomputed features,
         since the prompt is prefilled before there is a response.
       loss_weighting: `margin` weighs tokens by min(margin_max, 1 / max(margin, margin_min)).
+      margin_max, margin_min: of loss_weighting: the largest weight, and the smallest margin.
       depth_gate: how the gate on h W_p falls from 1 at the first MoE layer to depth_floor at the
         last.
+      depth_floor: the gate at the last MoE layer.
       kappa: mini-steps that `lookahead` extrapolates the router's next Adam step.
       keep_features: keep router features in every mode, also in those that do not need them, so
         that flips and KL of the un-shifted old route are measured in all.

@@ -144,6 +144,11 @@ class EvalConfig:
     """Held-out evaluation: n samples a problem, pass@k for each k, intervals over problems.
 
     `quick_problems` (0: all) and `quick_samples` bound the evaluations made while training.
+
+    Attributes:
+      samples: n of a full evaluation.
+      ks: the k of pass@k; none above samples.
+      transcripts: prompts and responses, before and after, that the report shows.
     """
 
     samples: int = 8
@@ -174,6 +179,9 @@ class LoopConfig:
     save_routes writes each rollout batch's routes as a TensorStore array. journal keeps each
     rollout batch on disk, recorded router features included, until no checkpoint needs it: a run
     that was killed never samples or grades a batch twice.
+
+    Attributes:
+      tensorboard: write the metrics for TensorBoard, too.
     """
 
     checkpoint_every: int = 50
@@ -204,6 +212,7 @@ class Config:
       `plan` says how to spend a budget of rollouts;
       `eval` compares checkpoints on suites of tasks; `curate` chooses rows to train on, without
       what is repeated, leaked or of the wrong difficulty.
+    seed: of everything random: parameters, order of problems, sampling.
     model.vocab_size: 0 takes the tokenizer's.
     compute_dtype: auto, bfloat16 or float32 (core/device.py).
     init_from: what to start from: another run's folder (its best checkpoint, else its latest), an

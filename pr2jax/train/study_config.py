@@ -12,7 +12,12 @@ from pr2jax.tasks.base import TaskConfig
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Sampling from a checkpoint to JSONL: prompts from a text file (a line each), or a task."""
+    """Sampling from a checkpoint to JSONL: prompts from a text file (a line each), or a task.
+
+    Attributes:
+      samples: of each prompt.
+      output: the file's name in the workdir.
+    """
 
     prompts: str = ""
     task: TaskConfig | None = None
@@ -139,6 +144,7 @@ class PlanConfig:
 
     Attributes:
       compute: what there is, in `unit`.
+      unit: rollouts (responses), or sampled tokens.
       tokens_per_rollout: for unit `tokens` (0: as the sweep of `fit` measured).
       fit: a sweep's folder or its law.json; empty takes the published law.
       regime: how hard the problems are for the base model (`REGIMES`; `mixed`: of all kinds).
