@@ -11,7 +11,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from pr2jax.core import hosts
+from pr2jax.core import goodput, hosts
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import reuse_freed_memory, setup_compilation_cache
 from pr2jax.core.files import StorageError, check_writable
@@ -192,7 +192,8 @@ def _start(argv: list[str]) -> None:
             log.setLevel(logging.WARNING)  # process 0 speaks for all
         cache = setup_compilation_cache(CACHE.value)
         log.info("compilation cache: %s", cache or "off")
-        run(config, WORKDIR.value, PROFILE.value)
+        with goodput.recording(WORKDIR.value):
+            run(config, WORKDIR.value, PROFILE.value)
         peers.leave()
     except Interrupted as stopped:
         log.warning("%s", stopped)

@@ -190,6 +190,34 @@ def lines(
         return _svg(figure)
 
 
+def shares(
+    named: Mapping[str, float],
+    *,
+    title: str = "",
+    xlabel: str = "",
+    size: tuple[float, float] = (9.4, 1.7),
+) -> str:
+    """{label: amount} as one bar, a piece each in order, as inline SVG; nothing is left out of its
+    length, labels are given from half a percent on."""
+    with rc_context(_STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(title=title, xlabel=xlabel, yticks=[])
+        total, left = sum(named.values()), 0.0
+        for i, (name, amount) in enumerate(named.items()):
+            label = f"{name} {amount / total:.1%}" if total and amount >= 0.005 * total else None
+            axes.barh(
+                0.0, amount, left=left, color=f"C{i % 10}", hatch="//" * (i >= 10), label=label
+            )
+            left += amount
+        if total:
+            axes.set_xlim(0.0, total)
+            figure.legend(loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+        else:
+            _say_empty(axes)
+        return _svg(figure)
+
+
 def layer_values(rows: Rows, prefix: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
     """(x [steps], values [layers, steps], NaN where missing) of the metrics PREFIX + number."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)")

@@ -182,6 +182,9 @@ class LoopConfig:
 
     Attributes:
       tensorboard: write the metrics for TensorBoard, too.
+      watchdog_factor: a step that takes more than so many times the median of the earlier ones
+        leaves all threads' stacks in WORKDIR/stacks and goes on (0: never).
+      watchdog_min_s: seconds that a step may take in any case.
     """
 
     checkpoint_every: int = 50
@@ -190,6 +193,8 @@ class LoopConfig:
     tensorboard: bool = True
     save_routes: bool = False
     journal: bool = True
+    watchdog_factor: float = 10.0
+    watchdog_min_s: float = 60.0
 
     def validate(self) -> None:
         """Raises ConfigError("key: why")."""
@@ -198,6 +203,10 @@ class LoopConfig:
         for key in ("keep", "log_every"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}: must be at least 1, got {getattr(self, key)}")
+        if self.watchdog_factor and not self.watchdog_factor >= 1.0:
+            raise ConfigError(f"watchdog_factor: 0 or at least 1, got {self.watchdog_factor}")
+        if not self.watchdog_min_s >= 0.0:
+            raise ConfigError(f"watchdog_min_s: must be >= 0, got {self.watchdog_min_s}")
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax
 from jax.experimental import multihost_utils
 
-from pr2jax.core import hosts
+from pr2jax.core import goodput, hosts
 from pr2jax.core.checkpoint import Checkpointer
 from pr2jax.core.device import CompilationCounter, profile
 from pr2jax.core.metrics import MetricWriter, Progress, RowWriter, reduce, remove_leftovers
 from pr2jax.core.state import TrainState
+from pr2jax.core.watchdog import Watchdog
 from pr2jax.train.config import LoopConfig
 
 log = logging.getLogger("pr2jax")
@@ -203,7 +204,8 @@ class _Run:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
         )
-        found = self.checkpoints.restore_whole(abstract)
+        with goodput.during("checkpoint"):
+            found = self.checkpoints.restore_whole(abstract)
         if found is None:
             return False
         _, self.state, extra = found
@@ -225,8 +227,9 @@ class _Run:
         self.writer.sync()
         if self.ledger is not None:
             self.ledger.sync()
-        done = self.checkpoints.steps()[-self.options.keep :]
-        self.checkpoints.save(self.index, self.state, extra, metrics)
+        with goodput.during("checkpoint"):
+            done = self.checkpoints.steps()[-self.options.keep :]
+            self.checkpoints.save(self.index, self.state, extra, metrics)
         if self.journal and done:
             self.trainer.trim_journal(done[0])
 
@@ -249,7 +252,8 @@ class _Run:
 
     def evaluate(self) -> dict[str, float]:
         if self.last_eval_index != self.index:
-            self.last_eval = self.trainer.evaluate(self.state, self.index)
+            with goodput.during("evaluate"):
+                self.last_eval = self.trainer.evaluate(self.state, self.index)
             self.last_eval_index = self.index
         return self.last_eval
 
@@ -310,7 +314,8 @@ def run(
         work = _Run(trainer, state, workdir, options, config, best, compilations, start)
         del state
         try:
-            _loop(work, stop, max_seconds, profile_steps, workdir)
+            with Watchdog(workdir, options.watchdog_factor, options.watchdog_min_s) as dog:
+                _loop(work, stop, dog, max_seconds, profile_steps, workdir)
         except BaseException:
             try:
                 work.close()
@@ -332,7 +337,9 @@ def run(
         return Outcome(work.state, work.index, work.seconds, compiled)
 
 
-def _loop(work: _Run, stop: StopRequest, max_seconds, profile_steps: int, workdir: Path) -> None:
+def _loop(
+    work: _Run, stop: StopRequest, dog: Watchdog, max_seconds, profile_steps: int, workdir: Path
+) -> None:
     trainer, options = work.trainer, work.options
     limit = float("inf") if max_seconds is None else max_seconds
     if work.index == 0 and trainer.eval_every:
@@ -347,18 +354,24 @@ def _loop(work: _Run, stop: StopRequest, max_seconds, profile_steps: int, workdi
         label = f"{trainer.name} (seconds)"
         progress = Progress(label, int(max_seconds), start=int(work.seconds))
     trace = contextlib.ExitStack()
+    goodput.started()
     while work.index < trainer.steps and work.seconds < limit and not stop.requested:
         if profile_steps and work.index == trace_from:
             trace.enter_context(profile(workdir / "profile"))
             log.info("tracing %d steps into %s", profile_steps, workdir / "profile")
         start = time.monotonic()
-        work.state, metrics = trainer.step(work.state, work.index)
+        dog.begin(work.index + 1)
+        with goodput.during("learn"):
+            work.state, metrics = trainer.step(work.state, work.index)
         work.account(work.index)
         work.index += 1
         last = work.index == trainer.steps
         stop.poll()
         if len(work.pending) + 1 >= options.log_every or last or stop.requested:
-            jax.block_until_ready(work.state.step)
+            with goodput.during("learn"):
+                jax.block_until_ready(work.state.step)
+        dog.end()
+        goodput.step_done(workdir, work.index)
         work.seconds += time.monotonic() - start
         if max_seconds is not None:
             work.seconds = hosts.from_first(work.seconds)  # one clock decides

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pr2jax.core import hosts
+from pr2jax.core import goodput, hosts
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import versions
 from pr2jax.core.metrics import write_json, write_summary
@@ -56,7 +56,8 @@ def _evaluation(
     if (found := _known(path, of)) is not None:
         return found
     start = time.monotonic()
-    result = evaluator.full(params)
+    with goodput.during("evaluate"):
+        result = evaluator.full(params)
     figures = {
         "metrics": _intervals(result.metrics),
         "samples": [s.to_json() for s in result.samples],
@@ -117,6 +118,7 @@ def _summary(session: Session, **figures: Any) -> dict[str, Any]:
         "compute_dtype": session.dtype.name,
         "config": session.config_json,
         "wall_seconds": round(session.wall_seconds(), 1),
+        "goodput": goodput.so_far(),
     }
     write_summary(session.workdir, summary)
     return summary
@@ -219,7 +221,8 @@ def _held_out(
     of = {"steps": steps, "documents": trainer.data.fingerprint()}
     if (found := _known(path, of)) is not None:
         return found
-    figures = {"metrics": _intervals(trainer.full(params)), "of": of}
+    with goodput.during("evaluate"):
+        figures = {"metrics": _intervals(trainer.full(params)), "of": of}
     write_json(path, figures)
     shown = ", ".join(f"{key} {m['value']:.4f}" for key, m in figures["metrics"].items())
     log.info("%s, held out: %s", name, shown)

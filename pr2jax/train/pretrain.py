@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pr2jax.core import hosts
+from pr2jax.core import goodput, hosts
 from pr2jax.core.config import ConfigError
 from pr2jax.core.hardware import needed_bytes, peak_flops
 from pr2jax.core.optim import build_optimizer
@@ -210,7 +210,8 @@ class PretrainTrainer:
         if index != self.stream.position:
             raise RuntimeError(f"step {index}, but the stream stands at {self.stream.position}")
         start = time.monotonic()
-        own, self._pieces = next(self.stream)
+        with goodput.during("data"):
+            own, self._pieces = next(self.stream)
         waited = time.monotonic() - start
         state, metrics = self._step(state, self._place(own))
         # The stream reads ahead in threads of its own: waiting here keeps no data waiting.

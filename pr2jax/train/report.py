@@ -16,6 +16,7 @@ from pr2jax.evaluation.passk import PASS_SCORE, Interval, bootstrap_interval
 from pr2jax.evaluation.report import Section, Tile
 from pr2jax.evaluation.runner import Sample
 from pr2jax.tasks.base import Problem
+from pr2jax.train import goodput_report
 from pr2jax.train.session import Session
 
 log = logging.getLogger("pr2jax")
@@ -196,6 +197,7 @@ def _run_section(summary: Mapping[str, Any], session: Session) -> Section:
     return Section(
         "The run",
         [
+            *goodput_report.blocks(summary.get("goodput")),
             page.table(["count", ""], rows),
             page.settings(summary["versions"], "Versions and device"),
             page.settings(session.config_json, "Configuration"),

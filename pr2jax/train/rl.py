@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pr2jax.core import hosts
+from pr2jax.core import goodput, hosts
 from pr2jax.core.metrics import merge
 from pr2jax.core.optim import build_optimizer
 from pr2jax.core.state import TrainState, create
@@ -89,7 +89,8 @@ class RLTrainer:
 
     def step(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, Any]]:
         """One rollout batch: sample, verify, learn."""
-        gathered = self.source.gather(state, index)
+        with goodput.during("generate"):
+            gathered = self.source.gather(state, index)
         start = time.monotonic()
         state, learned = self._learn(state, index, gathered)
         seconds = time.monotonic() - start

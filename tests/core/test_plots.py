@@ -4,6 +4,7 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 
+from pr2jax.core import plots
 from pr2jax.core.plots import (
     Line,
     curve,
@@ -97,3 +98,13 @@ def test_heatmap():
     _, text = parsed(heatmap(ROWS, "agree/layer_", title="agreement", limits=(0, 1)))
     assert "agreement" in text
     assert "layer" in text
+
+
+def test_shares_fill_the_bar():
+    """Pieces are as long as their amounts, and the bar is full."""
+    svg = plots.shares({"a": 60.0, "b": 30.0, "tiny": 0.1, "none": 0.0, "c": 9.9}, title="t")
+    assert [label in svg for label in ("a 60.0%", "b 30.0%", "c 9.9%", "tiny")] == [True] * 3 + [
+        False
+    ]
+    assert "no data" in plots.shares({})
+    assert "no data" in plots.shares({"a": 0.0})
