@@ -69,8 +69,18 @@ class Peers:
         self._thread.start()
 
     def leave(self) -> None:
-        """This process ends well: its silence from here on alarms no one."""
+        """This process ends well, and so do the others: returns when all are here, in process 0
+        when the others have ended (the runtime's records are with it: it must not go first).
+
+        From here on silence alarms no one.
+        """
+        hosts.gather(None)
         self._end({"bye": True})
+        limit = time.monotonic() + self.timeout_s
+        if self._thread is not None and self.index == 0:
+            for link in self._links.values():
+                while link.read()[1] and time.monotonic() < limit:
+                    time.sleep(0.02)
 
     def fail(self, code: int, why: str) -> None:
         """This process ends with `code`, and so do the others, saying why."""

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -160,30 +161,58 @@ def unpack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Rollout
 
 def pack_features(
     features: Global[RouterFeatures] | None, mesh: Mesh | None
-) -> OwnHost[dict[str, np.ndarray]]:
-    """This host's rows of recorded features, by the names that an entry has for them."""
+) -> tuple[OwnHost[dict[str, np.ndarray]], dict[str, int] | None]:
+    """This host's rows of recorded features, by the names that an entry has for them; and which
+    rows of how many processes' parts these are (None: nothing was recorded)."""
     if features is None:
-        return {}
+        return {}, None
     own = hosts.own_rows(mesh, len(features.mask))
-    return {
+    arrays = {
         _FEATURES + name: hosts.rows_of(getattr(features, name), own, axis)
         for name, axis in _ROW_AXES.items()
     }
+    return arrays, {"processes": jax.process_count(), "first": own.start}
 
 
-def unpack_features(
-    arrays: OwnHost[Mapping[str, np.ndarray]], rows: int, mesh: Mesh | None
-) -> Global[RouterFeatures] | None:
-    """The inverse of `pack_features`, of a batch of `rows` rows on as many hosts."""
-    held = {name: arrays.get(_FEATURES + name) for name in _ROW_AXES}
-    if held["mask"] is None:
+def has_features(entry: Entry) -> bool:
+    """Whether features were recorded with it."""
+    return _FEATURES + "mask" in entry[0]
+
+
+def read_features(
+    journal: Journal, step: int, entry: Entry, mesh: Mesh | None
+) -> OwnHost[dict[str, np.ndarray]] | None:
+    """The rows of features that this host needs, out of the parts of as many processes as wrote
+    the entry; None where there are none, or a part is missing."""
+    arrays = entry[0]
+    if not has_features(entry):
         return None
+    rows, own = len(arrays["lengths"]), hosts.own_rows(mesh, len(arrays["lengths"]))
+    found: dict[str, np.ndarray] = {}
+    alone = {"processes": 1, "first": 0}  # not said by entries of before
+    for part in range(entry[1].get("features", alone)["processes"]):
+        held = entry if part == 0 else journal.read(step, part)
+        if held is None:
+            return None
+        first = held[1].get("features", alone)["first"]
+        for name, axis in _ROW_AXES.items():
+            x = held[0][_FEATURES + name]
+            if name not in found:
+                found[name] = np.zeros((*x.shape[:axis], rows, *x.shape[axis + 1 :]), x.dtype)
+            found[name][(slice(None),) * axis + (slice(first, first + x.shape[axis]),)] = x
+    return {name: hosts.rows_of(x, own, _ROW_AXES[name]) for name, x in found.items()}
+
+
+def place_features(
+    own: OwnHost[dict[str, np.ndarray]], rows: int, mesh: Mesh | None
+) -> Global[RouterFeatures]:
+    """A batch's features out of what `read_features` gave on every host."""
     if hosts.several():
         first = hosts.own_rows(mesh, rows).start
         for name, axis in _ROW_AXES.items():
-            sharding = batch_sharding(mesh, held[name].ndim, axis)
-            held[name] = hosts.put_own(held[name], sharding, rows, first, axis)
-    return RouterFeatures(**held)
+            sharding = batch_sharding(mesh, own[name].ndim, axis)
+            own[name] = hosts.put_own(own[name], sharding, rows, first, axis)
+    return RouterFeatures(**own)
 
 
 def _array_fields(cls: type) -> list[str]:

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from pr2jax.core import hosts
+from pr2jax.core import goodput, hosts
 from pr2jax.core.config import ConfigError
 from pr2jax.core.fingerprints import fingerprint
 from pr2jax.core.optim import OptimConfig
@@ -38,7 +38,16 @@ from pr2jax.replay.modes import lookahead_shift, plan, selection_shift
 from pr2jax.replay.routes import save_routes
 from pr2jax.sampler.types import Rollout
 from pr2jax.tasks.base import Problem, domain_of
-from pr2jax.train.journal import Entry, Journal, pack, pack_features, unpack, unpack_features
+from pr2jax.train.journal import (
+    Entry,
+    Journal,
+    has_features,
+    pack,
+    pack_features,
+    place_features,
+    read_features,
+    unpack,
+)
 from pr2jax.train.rounds import Round, failures, reward_terms, select, signals, totals
 from pr2jax.train.session import Session
 
@@ -235,9 +244,10 @@ class RolloutSource:
         sampled, pool = time.monotonic(), self.session.pool
         before = failures(pool)
         problems = [self.problems[i] for i in items]
-        scored, texts = score_rollout(
-            rollout, problems, cfg.samples_per_prompt, self.session.tokenizer, pool
-        )
+        with goodput.during("verify"):
+            scored, texts = score_rollout(
+                rollout, problems, cfg.samples_per_prompt, self.session.tokenizer, pool
+            )
         bonus, terms = reward_terms(cfg.rewards, scored, texts)
         return Round(
             scored.replace(bonus=bonus),
@@ -305,7 +315,6 @@ class RolloutSource:
             return found
         arrays, meta = pack(found.rollout)
         meta |= {
-            "layout": None if found.features is None else self._layout(),
             "start": start,
             "end": self.position,
             "state": fingerprint(state),
@@ -315,13 +324,13 @@ class RolloutSource:
             "seconds": found.seconds,
         }
         arrays |= {"keep": found.keep}
-        features = pack_features(found.features, self.session.mesh)
+        features, held = pack_features(found.features, self.session.mesh)
         part, size = jax.process_index(), 0
         with hosts.together("writing the journal"):
             if part == 0:
-                size = self.journal.write(index, arrays | features, meta)
+                size = self.journal.write(index, arrays | features, meta | {"features": held})
             elif features:
-                self.journal.write(index, features, {}, part)
+                self.journal.write(index, features, {"features": held}, part)
         known = {"journal/replayed": 0.0, "journal/bytes": float(size)}
         return dataclasses.replace(found, metrics=found.metrics | known)
 
@@ -362,21 +371,17 @@ class RolloutSource:
         )
 
     def _read(self, journal: Journal, index: int) -> tuple[Entry | None, RouterFeatures | None]:
-        """The entry of `index` and its features, where every host has its part of them."""
+        """The entry of `index` and its features, where every host has what it needs of them."""
+        mesh, features = self.session.mesh, None
         with hosts.together("reading the journal"):
-            entry, own = journal.read(index), {}
-            layout = None if entry is None else entry[1].get("layout")
-            if layout is not None and layout == self._layout():
-                part = jax.process_index()
-                own = (journal.read(index, part) or ({}, {}))[0] if part else entry[0]
+            entry = journal.read(index)
+            if entry is not None:
+                features = read_features(journal, index, entry, mesh)
         if not all(hosts.gather(entry is not None)):
             return None, None
-        if layout is not None and not all(hosts.gather("features/mask" in own)):
-            journal.drop(index, "has features of other hosts or another mesh")
+        if not has_features(entry):
+            return entry, None
+        if not all(hosts.gather(features is not None)):
+            journal.drop(index, "has not all of its features")
             return None, None
-        return entry, unpack_features(own, len(entry[0]["lengths"]), self.session.mesh)
-
-    def _layout(self) -> dict[str, Any]:
-        """How features are divided over hosts."""
-        mesh = self.session.mesh
-        return {"processes": jax.process_count(), "mesh": dict(mesh.shape) if mesh else {}}
+        return entry, place_features(features, len(entry[0]["lengths"]), mesh)
