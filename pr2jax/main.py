@@ -15,6 +15,7 @@ from pr2jax.core import goodput, hosts
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import reuse_freed_memory, setup_compilation_cache
 from pr2jax.core.files import StorageError, check_writable
+from pr2jax.core.metrics import remove_leftovers
 from pr2jax.core.peers import Peers
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -192,6 +193,7 @@ def _start(argv: list[str]) -> None:
             log.setLevel(logging.WARNING)  # process 0 speaks for all
         cache = setup_compilation_cache(CACHE.value)
         log.info("compilation cache: %s", cache or "off")
+        remove_leftovers(WORKDIR.value)
         with goodput.recording(WORKDIR.value):
             run(config, WORKDIR.value, PROFILE.value)
         peers.leave()

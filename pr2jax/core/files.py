@@ -33,7 +33,8 @@ def storing(path: str | os.PathLike) -> Iterator[None]:
 
 def check_writable(folder: str | os.PathLike) -> None:
     """Makes `folder` and a file in it, which is removed again. Raises StorageError."""
-    probe = Path(folder) / f".probe.{os.getpid()}.{secrets.token_hex(4)}"
+    # Of the form that `remove_leftovers` knows, should we be killed right here.
+    probe = Path(folder) / f".probe-{secrets.token_hex(4)}.{os.getpid()}"
     with storing(folder):
         probe.parent.mkdir(parents=True, exist_ok=True)
         try:

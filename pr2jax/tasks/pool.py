@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _START_S = 120.0
 _MAX_REPLY = 2**20
+_GONE_S = 0.5
+_UNTRUSTED = 1  # of a process that we end ourselves
 
 
 class _Worker:
@@ -87,6 +90,15 @@ class _Worker:
             self.buffer = self.buffer[HEADER.size + size :]
         return messages
 
+    def end(self) -> int:
+        """Waits for a process that closed its pipe, or kills it; its exit code."""
+        try:
+            return self.process.wait(timeout=_GONE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            return _UNTRUSTED
+
     def stop(self) -> None:
         """Kills the process and closes its pipes."""
         self.process.kill()
@@ -108,6 +120,9 @@ class VerifierPool:
     judge: grades what a verifier cannot decide; without one such an item raises.
     stats: counts of "scored", "judged", "timeouts", "crashes", "memory", "errors" and "restarts";
         "timeouts" to "errors" gave score 0.
+
+    An item whose worker is killed from outside (SIGKILL: an operator, the kernel's memory killer)
+    is put to another one; only where that is killed, too, does it count as a crash.
     """
 
     def __init__(
@@ -132,6 +147,7 @@ class VerifierPool:
         self.stats: collections.Counter[str] = collections.Counter()
         self._workers = [_Worker(*self._start) for _ in range(workers)]
         self._closed = False
+        self._killed: set[int] = set()  # items of this batch whose worker was
         atexit.register(self.close)
 
     def score_batch(self, items: Sequence[tuple[Problem, str]]) -> list[Verdict]:
@@ -145,6 +161,7 @@ class VerifierPool:
             raise ValueError("VerifierPool is closed")
         verdicts: list[Verdict | JudgeRequest | None] = [None] * len(items)
         waiting = collections.deque(range(len(items)))
+        self._killed.clear()
         try:
             self._serve(items, waiting, verdicts)
         except BaseException:
@@ -232,8 +249,14 @@ class VerifierPool:
                 self._feed(i, items, waiting, selector, verdicts)
                 return
         if messages is None:
-            worker.process.kill()
-            code = worker.process.wait()
+            code = worker.end()
+            if code == -signal.SIGKILL and worker.item not in self._killed:
+                self._killed.add(worker.item)
+                waiting.appendleft(worker.item)
+                selector.unregister(worker.process.stdout)
+                self._replace(i)
+                self._feed(i, items, waiting, selector, verdicts)
+                return
             if not worker.ready:
                 raise RuntimeError(f"a verifier worker ended as it started (exit code {code})")
             reason = f"verifier process crashed (exit code {code})"

@@ -14,9 +14,11 @@ def blocks(found: Mapping[str, Any] | None) -> list[str]:
     if not found:
         return []
     again = f" {found['redone']} steps were done again." if found["redone"] else ""
+    processes = found["processes"]
     text = (
-        f"{found['goodput']:.1%} of {found['seconds']:.0f} s of wall time, over "
-        f"{found['processes']} processes, went into sampling, verifying and learning.{again}"
+        f"{found['goodput']:.1%} of {found['seconds']:.0f} s of wall time, over {processes} "
+        f"process{'' if processes == 1 else 'es'}, went into sampling, verifying and "
+        f"learning.{again}"
     )
     bar = shares(found["activities"], title="wall time", xlabel="seconds")
     return [text, page.figures([(bar, "core/goodput.py says what each part is.")])]

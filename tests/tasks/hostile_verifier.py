@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 import time
 
@@ -17,6 +18,8 @@ def score(problem, response):
         ctypes.string_at(0)
     if response == "exit":
         os._exit(0)
+    if response == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
     if response == "sys.exit":
         sys.exit(0)
     if response == "raise":

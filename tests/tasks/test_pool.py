@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -50,6 +51,28 @@ def test_a_bad_item_costs_only_itself(pool, response, reason, counter):
     restarts = changed.pop("restarts", 0)
     assert changed == ({counter: 2} if counter else {})
     assert restarts == (2 if counter in ("timeouts", "crashes", "memory") else 0)
+
+
+def test_an_item_whose_worker_is_killed_from_outside_is_verified_by_another(pool):
+    before = dict(pool.stats)
+    victims = [worker.process for worker in pool._workers]
+    timer = threading.Timer(0.3, lambda: [victim.kill() for victim in victims])
+    timer.start()
+    responses = ["sleep0.7", "sleep0.7", "ok", "no"]
+    verdicts = pool.score_batch([(PROBLEM, r) for r in responses])
+    assert [v.reason for v in verdicts[:2]] == responses[:2]
+    assert [v.score for v in verdicts[2:]] == [1, 0]
+    assert pool.stats["restarts"] - before.get("restarts", 0) == 2
+    assert pool.stats["crashes"] == before.get("crashes", 0)
+
+
+def test_an_item_that_gets_its_worker_killed_every_time_is_a_crash(pool):
+    before = dict(pool.stats)
+    verdicts = pool.score_batch([(PROBLEM, "ok"), (PROBLEM, "kill"), (PROBLEM, "ok")])
+    assert [v.score for v in verdicts] == [1, 0, 1]
+    assert "crashed (exit code -9)" in verdicts[1].reason
+    assert pool.stats["crashes"] - before.get("crashes", 0) == 1
+    assert pool.stats["restarts"] - before.get("restarts", 0) == 2
 
 
 def test_order_is_kept_when_items_finish_out_of_order(pool):
