@@ -8,6 +8,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int
 
+from pr2jax.core.hosts import Global
 from pr2jax.core.optim import Optimizer, OptState
 from pr2jax.core.params import Tree
 from pr2jax.core.sharding import replicated
@@ -20,11 +21,11 @@ class TrainState:
     `step + skipped` updates were attempted; `skipped_in_row` of them just now, one after another.
     """
 
-    step: Int[Array, ""]
-    params: Any
-    opt_state: OptState
-    skipped: Int[Array, ""]
-    skipped_in_row: Int[Array, ""]
+    step: Global[Int[Array, ""]]
+    params: Global[Any]
+    opt_state: Global[OptState]
+    skipped: Global[Int[Array, ""]]
+    skipped_in_row: Global[Int[Array, ""]]
 
 
 def _build(params: Tree, optimizer: Optimizer) -> TrainState:

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from pr2jax.core.hosts import Global
+
 DepthGate = Literal["none", "linear", "sqrt", "cosine"]
 
 
@@ -34,10 +36,10 @@ class RouterFeatures:
       inputs: router inputs h_old, bfloat16.
     """
 
-    positions: Int[Array, "B C"]
-    mask: Bool[Array, "B C"]
-    logits: Float[Array, "L B C E"]
-    inputs: Float[Array, "L B C D"]
+    positions: Global[Int[Array, "B C"]]
+    mask: Global[Bool[Array, "B C"]]
+    logits: Global[Float[Array, "L B C E"]]
+    inputs: Global[Float[Array, "L B C D"]]
 
 
 def depth_gates(kind: DepthGate, num_layers: int, floor: float = 0.0) -> Float[Array, " L"]:

@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from pr2jax.core.hosts import Global
 from pr2jax.core.rng import named
 from pr2jax.core.sharding import (
     RULES,
@@ -43,18 +44,18 @@ class Slots:
     ended it. An empty slot is inactive with length 1.
     """
 
-    cache: Cache
-    tokens: Int[Array, "B S"]
-    logprobs: Float[Array, "B S"]
-    routes: Int[Array, "L B S K"] | None
-    keys: UInt32[Array, "B 2"]
-    request: Int[Array, " B"]
-    row: Int[Array, " B"]
-    prompt_length: Int[Array, " B"]
-    length: Int[Array, " B"]
-    limit: Int[Array, " B"]
-    active: Bool[Array, " B"]
-    stopped: Bool[Array, " B"]
+    cache: Global[Cache]
+    tokens: Global[Int[Array, "B S"]]
+    logprobs: Global[Float[Array, "B S"]]
+    routes: Global[Int[Array, "L B S K"]] | None
+    keys: Global[UInt32[Array, "B 2"]]
+    request: Global[Int[Array, " B"]]
+    row: Global[Int[Array, " B"]]
+    prompt_length: Global[Int[Array, " B"]]
+    length: Global[Int[Array, " B"]]
+    limit: Global[Int[Array, " B"]]
+    active: Global[Bool[Array, " B"]]
+    stopped: Global[Bool[Array, " B"]]
 
 
 @struct.dataclass

@@ -20,6 +20,7 @@ from flax import struct
 from jaxtyping import Float, Int
 
 from pr2jax.core.config import ConfigError
+from pr2jax.core.hosts import EveryHost
 
 # Values of `Rollout.finish`.
 FINISH_LENGTH = 0
@@ -123,17 +124,17 @@ class Rollout:
       sampling: how the tokens were drawn.
     """
 
-    tokens: Int[np.ndarray, "B T"]
-    prompt_lengths: Int[np.ndarray, " B"]
-    lengths: Int[np.ndarray, " B"]
-    loss_mask: Float[np.ndarray, "B T"]
-    behavior_logprobs: Float[np.ndarray, "B T"]
-    routes: Int[np.ndarray, "L B T K"] | None
-    prompt_ids: Int[np.ndarray, " B"]
-    group_ids: Int[np.ndarray, " B"]
-    policy_version: Int[np.ndarray, "B T"]
-    finish: Int[np.ndarray, " B"]
-    rewards: Float[np.ndarray, " B"]
-    bonus: Float[np.ndarray, " B"] | None = None
+    tokens: EveryHost[Int[np.ndarray, "B T"]]
+    prompt_lengths: EveryHost[Int[np.ndarray, " B"]]
+    lengths: EveryHost[Int[np.ndarray, " B"]]
+    loss_mask: EveryHost[Float[np.ndarray, "B T"]]
+    behavior_logprobs: EveryHost[Float[np.ndarray, "B T"]]
+    routes: EveryHost[Int[np.ndarray, "L B T K"]] | None
+    prompt_ids: EveryHost[Int[np.ndarray, " B"]]
+    group_ids: EveryHost[Int[np.ndarray, " B"]]
+    policy_version: EveryHost[Int[np.ndarray, "B T"]]
+    finish: EveryHost[Int[np.ndarray, " B"]]
+    rewards: EveryHost[Float[np.ndarray, " B"]]
+    bonus: EveryHost[Float[np.ndarray, " B"]] | None = None
     reasons: tuple[str, ...] = struct.field(pytree_node=False, default=())
     sampling: SamplingParams = struct.field(pytree_node=False, default=SamplingParams())

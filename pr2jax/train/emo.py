@@ -242,6 +242,7 @@ def train(trainers: Trainers, params, profile_steps: int = 0) -> tuple[PretrainT
     """
     phases = trainers.phases
     done = [_begun(trainers.sessions[0].workdir / folder(phase)) for phase in phases]
+    done = hosts.from_first(done)  # all go on from the same one
     first = max((i for i, begun in enumerate(done) if begun), default=0)
     trainer = trainers[first]
     if first:  # shapes only: its checkpoint is read

@@ -1,8 +1,10 @@
 """What hosts tell each other and hand over, in two real processes and in one."""
 
+import dataclasses
 import json
 import signal
 import time
+import typing
 
 import numpy as np
 import pytest
@@ -10,6 +12,10 @@ import pytest
 from pr2jax.core import hosts, sharding
 from pr2jax.core.config import ConfigError
 from pr2jax.core.peers import Peers
+from pr2jax.core.state import TrainState
+from pr2jax.models.predictor import RouterFeatures
+from pr2jax.sampler.decode import Slots
+from pr2jax.sampler.types import Rollout
 from tests.hosts import launch
 
 
@@ -151,3 +157,15 @@ def test_one_stop_stops_all_after_the_same_step():
     steps = [process.communicate(timeout=60)[0].decode().split()[-1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("cls", [Rollout, RouterFeatures, Slots, TrainState])
+def test_a_type_says_where_its_fields_live(cls):
+    # The modules' own names: jaxtyping's shapes are strings to everyone else.
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        if not field.metadata.get("pytree_node", True):
+            continue
+        kinds = [hints[field.name], *typing.get_args(hints[field.name])]
+        markers = {m for k in kinds for m in getattr(k, "__metadata__", ())}
+        assert len(markers & {"global", "every host", "own host"}) == 1, field.name

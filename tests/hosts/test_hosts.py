@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import socket
+import time
 
 import numpy as np
 import pytest
@@ -87,3 +90,50 @@ def test_grpo_on_recorded_rollouts(learned, processes):
     assert {p.name for p in (own / "journal").glob("step_000019*")} == {
         f"step_000019.p{index}.batch" for index in range(processes)
     }
+
+
+@pytest.mark.slow
+def test_one_of_two_killed_ends_the_other_and_one_process_goes_on(learned):
+    own = learned.with_name("lost")
+    shutil.copytree(learned / "journal", own / "journal")
+    processes = launch.start(2, own, GRPO)
+    try:
+        wait_for_rows(own / "ledger.jsonl", 6, processes)
+        processes[1].kill()
+        start = time.monotonic()
+        assert processes[0].wait(60) == 75
+        print(f"the other ended after {time.monotonic() - start:.1f} s")
+    finally:
+        for process in processes:
+            process.kill()
+    said = launch.log(own, 0).read_text()
+    assert f"process 1 ({socket.gethostname()}, pid {processes[1].pid}) is gone" in said
+    assert len(read_jsonl(own / "metrics.jsonl")) < 20
+    launch.run(1, own, GRPO)
+    compare(own, learned)
+
+
+@pytest.mark.slow
+def test_a_stop_told_to_one_process_stops_and_saves_all(learned):
+    own = learned.with_name("stopped")
+    shutil.copytree(learned / "journal", own / "journal")
+    processes = launch.start(2, own, GRPO)
+    try:
+        wait_for_rows(own / "ledger.jsonl", 4, processes)
+        processes[1].send_signal(signal.SIGTERM)
+        assert [process.wait(120) for process in processes] == [75, 75]
+    finally:
+        for process in processes:
+            process.kill()
+    assert "the same command resumes" in launch.log(own, 0).read_text()
+    done = len((own / "ledger.jsonl").read_text().splitlines())
+    assert (own / "checkpoints" / str(done)).is_dir()
+
+
+def wait_for_rows(path, count, processes):
+    """Returns once the file has so many lines."""
+    limit = time.monotonic() + 600
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < limit
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
