@@ -13,7 +13,9 @@ After all but pool the run is started again with the same command.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import random
 import signal
 import time
@@ -64,7 +66,7 @@ def possible(kind: str, workdir: Path, processes: Processes, stepping: bool) -> 
         stages = progress.stages(workdir)
         return bool(stages) and len(progress.checkpoints(stages[-1])) >= 2
     if kind == "pool":
-        return processes.has_below(_WORKER)
+        return bool(processes.having(_WORKER))
     return kind != "peer" or stepping  # until they have found each other they wait for minutes
 
 
@@ -77,7 +79,11 @@ def inject(
     """
     below, start = processes.below(), time.monotonic()
     if fault.kind == "pool":
-        fault.detail = f"{processes.kill_below(_WORKER)} workers"
+        workers = processes.having(_WORKER)
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        fault.detail = f"{len(workers)} workers"
         return False
     if fault.kind == "hang":
         processes.send(signal.SIGSTOP)

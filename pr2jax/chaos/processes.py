@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -128,28 +129,15 @@ class Processes:
             except ProcessLookupError:
                 continue
 
-    def kill_below(self, having: str) -> int:
-        """SIGKILL to descendants whose command line has a word; how many."""
-        count = 0
+    def having(self, word: str) -> list[int]:
+        """Descendants with a word of their command line."""
+        found = []
         for pid in self.below():
-            try:
+            with contextlib.suppress(OSError):
                 words = (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")
-                if having.encode() in words:
-                    os.kill(pid, signal.SIGKILL)
-                    count += 1
-            except OSError:
-                continue
-        return count
-
-    def has_below(self, having: str) -> bool:
-        """Whether a descendant's command line has a word."""
-        for pid in self.below():
-            try:
-                if having.encode() in (Path("/proc") / str(pid) / "cmdline").read_bytes():
-                    return True
-            except OSError:
-                continue
-        return False
+                if word.encode() in words:
+                    found.append(pid)
+        return found
 
     def wait(self, seconds: float) -> bool:
         """Whether all have ended within `seconds`."""
