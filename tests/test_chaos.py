@@ -145,6 +145,13 @@ def test_a_run_that_does_not_survive_is_told(tmp_path, kind, change, message):
     assert not judge.passed(judge.judge(tmp_path / "whole", failed[0]))
 
 
+def test_a_fault_that_is_never_possible_is_told(tmp_path):
+    code = RUN.replace("pr2jax.tasks.worker", "another.worker")
+    _, trials, said = _torment(tmp_path, ["pool", "kill"], code)
+    assert "pool: 5 runs never came to where it is possible" in said[-1]
+    assert trials[-1].failed
+
+
 def test_a_run_that_fails_by_itself_is_told(tmp_path):
     command = [sys.executable, "-c", "raise SystemExit('no such thing')"]
     with pytest.raises(RuntimeError, match="exit code 1\nno such thing"):
@@ -392,13 +399,23 @@ def get_config(arg=""):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["sft", "rl"])
-def test_killed_runs_end_as_the_one_left_alone(mode, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "flags", "kinds"),
+    [
+        ("sft", ["--kills=2"], {"kill"}),
+        (
+            "rl",
+            ["--faults=6", "--kinds=kill,hang,torn,flip,disk,pool", "--hang_s=10", "--plant"],
+            {"kill", "hang", "torn", "flip", "disk", "pool"},
+        ),
+    ],
+)
+def test_a_run_under_faults_ends_as_the_one_left_alone(mode, flags, kinds, tmp_path):
     config = tmp_path / "config.py"
     config.write_text(CONFIG)
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pr2jax.chaos", f"--config={config}:{mode}", "--kills=3"),
+            *(sys.executable, "-m", "pr2jax.chaos", f"--config={config}:{mode}", *flags),
             *(f"--workdir={tmp_path / 'runs'}", "--seed=1", f"--json={tmp_path / 'out.json'}"),
         ],
         cwd=ROOT,
@@ -410,7 +427,8 @@ def test_killed_runs_end_as_the_one_left_alone(mode, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["equal"]
-    assert sum(len(t["kills"]) for t in found["trials"]) == 3
+    assert {f["kind"] for t in found["trials"] for f in t["faults"]} == kinds
+    assert all(found["planted"].values()) if "--plant" in flags else found["planted"] is None
     for trial in found["trials"]:
         assert trial["differences"] == []
         assert (trial["skipped"], trial["twice"], trial["orphans"]) == (0, 0, 0)

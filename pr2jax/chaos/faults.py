@@ -28,7 +28,7 @@ KINDS = ("kill", "hang", "torn", "flip", "disk", "pool", "peer")
 EXIT_FAILED, EXIT_AGAIN = 2, 75  # pr2jax.main's: told as an error; saved, run it again
 PEER_S = 60.0
 _DISK_S = 180.0
-_WORKER = "pr2jax.tasks.worker"
+WORKER = "pr2jax.tasks.worker"
 _TOLD = ("StorageError: ", "CheckpointError: ")
 
 
@@ -66,7 +66,7 @@ def possible(kind: str, workdir: Path, processes: Processes, stepping: bool) -> 
         stages = progress.stages(workdir)
         return bool(stages) and len(progress.checkpoints(stages[-1])) >= 2
     if kind == "pool":
-        return bool(processes.having(_WORKER))
+        return bool(processes.having(WORKER))
     return kind != "peer" or stepping  # until they have found each other they wait for minutes
 
 
@@ -79,7 +79,7 @@ def inject(
     """
     below, start = processes.below(), time.monotonic()
     if fault.kind == "pool":
-        workers = processes.having(_WORKER)
+        workers = processes.having(WORKER)
         for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

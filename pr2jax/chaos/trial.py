@@ -13,6 +13,8 @@ from pr2jax.chaos.faults import Fault
 from pr2jax.chaos.processes import Processes
 from pr2jax.core import goodput
 
+_IDLE = 5  # trials in a row that are through without a fault
+
 
 @dataclasses.dataclass
 class Start:
@@ -148,7 +150,7 @@ class Trial:
             due = moment is not None and passed >= moment
             ready = (self.workdir, processes, now != before)
             if due and faults.possible(schedule.kinds[0], *ready):
-                if self._inject(processes, schedule.kinds.pop(0), passed, before, steps):
+                if self._inject(processes, schedule, passed, before, steps):
                     return True
                 moment = schedule.moment(self.workdir, started=True)  # it goes on
                 moment = moment and time.monotonic() - start + moment
@@ -162,11 +164,16 @@ class Trial:
                 processes.wait(faults.PEER_S)
         return False
 
-    def _inject(self, processes: Processes, kind: str, passed: float, before: int, steps: int):
+    def _inject(self, processes: Processes, schedule: Schedule, passed, before: int, steps: int):
         """Whether the fault ended the processes."""
+        kind = schedule.kinds.pop(0)
         fault = Fault(kind, round(passed, 3), 0, "")
         self.faults.append(fault)
         look = lambda: (progress.amid(self.workdir, before, steps), progress.steps(self.workdir))
+        if kind == "pool" and not processes.having(faults.WORKER):  # they have ended since
+            self.faults.pop()
+            schedule.kinds.insert(0, kind)
+            return False
         goes_on = kind in ("disk", "pool")
         if goes_on:
             fault.amid, fault.steps = look()
@@ -208,7 +215,7 @@ def torment(
     say(f"left alone: {whole.steps} steps in {total:.0f} s, the first after {whole.start_up:.1f} s")
     patience = options.patience or 4.0 * whole.start_up + options.hang_s + 60.0
     options = dataclasses.replace(options, patience=patience)
-    schedule, trials = Schedule(kinds, draw, whole), []
+    schedule, trials, idle = Schedule(kinds, draw, whole), [], 0
     while schedule.kinds:
         number = len(trials) + 1
         trial = Trial(command, workdir / f"killed_{number}", environment, options, victims)
@@ -216,6 +223,10 @@ def torment(
         schedule.begin()
         try:
             _go_on(trial, schedule, whole.steps, number, say)
+            idle = 0 if trial.faults else idle + 1
+            if idle == _IDLE:
+                kind = schedule.kinds[0]
+                raise RuntimeError(f"{kind}: {idle} runs never came to where it is possible")
         except RuntimeError as error:
             trial.failed = str(error)
             say(f"trial {number}: NOT SURVIVED: {error}")

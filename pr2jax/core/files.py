@@ -32,7 +32,16 @@ def storing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def check_writable(folder: str | os.PathLike) -> None:
-    """Makes `folder` and a file in it, which is removed again. Raises StorageError."""
+    """Makes `folder` and a file in it, which is removed again.
+
+    Raises StorageError where that fails, and for an address of a store ("gs://..."): a run appends
+    to its files and renames them, which stores cannot.
+    """
+    if "://" in os.fspath(folder):
+        raise StorageError(
+            f"{os.fspath(folder)}: a workdir is a folder; mount the store (gcsfuse, a shared disk) "
+            "and give the folder that it is mounted at"
+        )
     # Of the form that `remove_leftovers` knows, should we be killed right here.
     probe = Path(folder) / f".probe-{secrets.token_hex(4)}.{os.getpid()}"
     with storing(folder):

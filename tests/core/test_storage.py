@@ -167,6 +167,13 @@ def test_a_workdir_that_cannot_be_one(tmp_path):
             check_writable(bad)
 
 
+def test_a_store_is_told_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match="^gs://bucket/run: a workdir is a folder; mount"):
+        check_writable("gs://bucket/run")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_read_only_folder():
     """As an ordinary user: root writes into any folder."""
     code = """
