@@ -19,6 +19,7 @@ from pr2jax.chaos.processes import processes_below, wait_for_orphans
 from pr2jax.chaos.trial import Options, torment
 from pr2jax.core.checkpoint import Checkpointer
 from pr2jax.train import audit
+from tests import xla
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -419,7 +420,7 @@ def test_a_run_under_faults_ends_as_the_one_left_alone(mode, flags, kinds, tmp_p
             *(f"--workdir={tmp_path / 'runs'}", "--seed=1", f"--json={tmp_path / 'out.json'}"),
         ],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        env={**os.environ, "XLA_FLAGS": xla.flags(1)},
         capture_output=True,
         text=True,
         timeout=1800,

@@ -8,8 +8,11 @@ devices of all. Where a structure's field lives is part of its type: `Global`, `
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ from typing import Annotated, Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pr2jax.core.config import ConfigError
 from pr2jax.core.sharding import batch_sharding, batch_shards, replicated
@@ -128,6 +131,30 @@ def gather(value: Any) -> list[Any]:
 def from_first(value: Any) -> Any:
     """Process 0's `value` (JSON) on all: for what only one can know, or must decide."""
     return gather(value if first() else None)[0] if several() else value
+
+
+def meet(mesh: Mesh | None) -> None:
+    """Has every group of devices along the mesh's axes connect now, while all hosts are here.
+
+    CPU processes connect when a group's first collective runs, and wait for each other for 30 s
+    only: too short where one compiles longer than another. Elsewhere it does nothing.
+    """
+    if mesh is None or not several() or jax.devices()[0].platform != "cpu":
+        return
+    names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    for size in range(1, len(names) + 1):
+        for axes in itertools.combinations(names, size):
+            total = jax.shard_map(
+                functools.partial(jax.lax.psum, axis_name=axes),
+                mesh=mesh,
+                in_specs=PartitionSpec(axes),
+                out_specs=PartitionSpec(),
+            )
+            ones = np.ones(math.prod(mesh.shape[a] for a in axes), np.float32)
+            jax.block_until_ready(
+                jax.jit(total)(put(ones, NamedSharding(mesh, PartitionSpec(axes))))
+            )
+            gather(None)
 
 
 @contextlib.contextmanager

@@ -76,15 +76,21 @@ class Peers:
         """
         hosts.gather(None)
         self._end({"bye": True})
-        limit = time.monotonic() + self.timeout_s
         if self._thread is not None and self.index == 0:
-            for link in self._links.values():
-                while link.read()[1] and time.monotonic() < limit:
-                    time.sleep(0.02)
+            self._until_closed(self.timeout_s)
+
+    def _until_closed(self, seconds: float) -> None:
+        """Waits until the other ends have closed their connections."""
+        limit = time.monotonic() + seconds
+        for link in self._links.values() if self._thread is not None else ():
+            while link.read()[1] and time.monotonic() < limit:
+                time.sleep(0.02)
 
     def fail(self, code: int, why: str) -> None:
         """This process ends with `code`, and so do the others, saying why."""
         self._end({"fail": why, "code": code})
+        # Closing a connection with something unread would take back what was just sent.
+        self._until_closed(2 * _BEAT_S)
 
     def blame(self, seconds: float = 5.0) -> None:
         """Waits for the watch to find whose end it is that a failing collective tells of; does not
@@ -121,6 +127,8 @@ class Peers:
 
     def _watch(self) -> None:
         sent = time.monotonic()
+        for index in list(self._links):
+            self._hear(index)  # what came behind a greeting
         while not self._done.is_set():
             for key, _ in self._selector.select(timeout=_BEAT_S / 2):
                 self._hear(key.data)
@@ -131,9 +139,8 @@ class Peers:
                     link.heard = now
             if now - sent >= _BEAT_S:
                 sent = now
-                for index, link in list(self._links.items()):
-                    if not link.send({}) and not link.left:
-                        self._lost(index, "is gone", EXIT_LOST)
+                for link in self._links.values():
+                    link.send({})  # to one that is gone: what it said last is still to be read
             for index, link in list(self._links.items()):
                 if not link.left and now - link.heard > self.timeout_s:
                     self._lost(index, f"has been silent for {self.timeout_s:.0f} s", EXIT_LOST)
@@ -179,7 +186,7 @@ class _Link:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setblocking(False)
         self.socket, self.heard, self.left = connection, time.monotonic(), False
-        self._rest = b""
+        self._rest, self._early = b"", []  # of a line; messages behind the first one
         self._lock = threading.Lock()
 
     def send(self, message: dict[str, Any]) -> bool:
@@ -198,13 +205,17 @@ class _Link:
         try:
             data = self.socket.recv(65536)
         except BlockingIOError:
-            return [], True
+            return self._take_early(), True
         except OSError:
-            return [], False
+            return self._take_early(), False
         if data:
             self.heard = time.monotonic()
         *lines, self._rest = (self._rest + data).split(b"\n")
-        return [json.loads(line) for line in lines], bool(data)
+        return self._take_early() + [json.loads(line) for line in lines], bool(data)
+
+    def _take_early(self) -> list[dict[str, Any]]:
+        early, self._early = self._early, []
+        return early
 
     def wait(self, seconds: float) -> dict[str, Any]:
         """The first message. Raises OSError where none comes."""
@@ -212,6 +223,7 @@ class _Link:
         while time.monotonic() < limit:
             messages, open_ = self.read()
             if messages:
+                self._early = messages[1:]
                 return messages[0]
             if not open_:
                 break

@@ -195,7 +195,14 @@ class Session:
         return rng.named(rng.root(self.cfg.seed), *names)
 
     def initial_params(self) -> Tree:
-        """From `init_from` where given (upcycled if told so), else random."""
+        """From `init_from` where given (upcycled if told so), else random.
+
+        Committed to their devices, as restored ones are: other programs would be compiled for
+        arrays that are not, and a run would compile all of them again when it first resumes.
+        """
+        return jax.tree.map(lambda x: jax.device_put(x, x.sharding), self._initial_params())
+
+    def _initial_params(self) -> Tree:
         if not self.cfg.init_from:
             return init_params(self.specs, self.key("params"), self.shardings)
         log.info("parameters from %s", self.cfg.init_from)
@@ -389,6 +396,7 @@ def open_session(
     tokenizer = build_tokenizer(cfg.tokenizer)
     cfg = with_vocab_size(cfg, tokenizer.vocab_size)
     mesh = make_mesh(cfg.mesh, devices)
+    hosts.meet(mesh)
     if mesh.size == 1:
         mesh = None
     else:

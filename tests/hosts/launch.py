@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import xla
+
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 4
 
@@ -15,7 +17,7 @@ def start(processes: int, workdir: Path, *flags: str) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    each = f"--xla_force_host_platform_device_count={DEVICES // processes}"
+    each = xla.flags(DEVICES // processes)
     environment = {**os.environ, "XLA_FLAGS": each, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "pr2jax.main", f"--workdir={workdir}", *flags]
     found = []
@@ -60,7 +62,7 @@ def python(module: str, processes: int, what: str) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    each = f"--xla_force_host_platform_device_count={DEVICES // processes}"
+    each = xla.flags(DEVICES // processes)
     environment = {**os.environ, "XLA_FLAGS": each, "JAX_PLATFORMS": "cpu"}
     return [
         subprocess.Popen(

@@ -19,6 +19,7 @@ from pr2jax.tasks.base import Problem, Task, TaskConfig, Verdict
 from pr2jax.train import budget_report, budget_runs, plan, regimes, study
 from pr2jax.train.config import Config
 from pr2jax.train.study_config import REGIMES, PlanConfig, RegimeConfig
+from tests import xla
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -335,7 +336,7 @@ def test_smoke(tmp_path):
             *(f"--workdir={tmp_path}", "--config.study.cores_per_worker=0"),
         ],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        env={**os.environ, "XLA_FLAGS": xla.flags(1)},
         capture_output=True,
         text=True,
         timeout=1800,

@@ -17,6 +17,7 @@ from pr2jax.core.config import from_config_dict
 from pr2jax.core.metrics import read_jsonl
 from pr2jax.tasks.base import DOMAINS
 from pr2jax.train.config import Config
+from tests import xla
 from tests.models.test_gguf import write as write_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,8 +26,7 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 def main(*arguments: str, devices: int = 1) -> subprocess.CompletedProcess:
     """`python -m pr2jax.main` as a user runs it, on so many (fake) devices."""
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "XLA_FLAGS": flag}
+    environment = {**os.environ, "XLA_FLAGS": xla.flags(devices)}
     return subprocess.run(
         [sys.executable, "-m", "pr2jax.main", *arguments],
         cwd=ROOT,

@@ -14,6 +14,7 @@ from pr2jax.core.config import ConfigError, from_config_dict, to_config_dict
 from pr2jax.train import plan
 from pr2jax.train.config import Config
 from pr2jax.train.study_config import PlanConfig
+from tests import xla
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -187,7 +188,7 @@ def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "pr2jax.main", *arguments],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        env={**os.environ, "XLA_FLAGS": xla.flags(1)},
         capture_output=True,
         text=True,
         timeout=900,

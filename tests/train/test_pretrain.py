@@ -31,6 +31,7 @@ from pr2jax.train.config import Config, LoopConfig, PretrainConfig
 from pr2jax.train.loop import Interrupted, run
 from pr2jax.train.pretrain import PretrainTrainer, read_data, with_trained_tokenizer
 from pr2jax.train.session import open_session
+from tests import xla
 
 LETTERS = "abcdefghijkl"
 STEPS = 60
@@ -313,7 +314,7 @@ def test_two_hosts_read_apart_and_train_as_one(session, folder, tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = {**os.environ, "XLA_FLAGS": xla.flags(1)}
     hosts = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.train.two_hosts", str(i), str(port), folder, tmp_path],

@@ -18,6 +18,7 @@ from pr2jax.core.config import ConfigError, from_config_dict
 from pr2jax.replay.modes import ReplayConfig
 from pr2jax.train import study, study_report
 from pr2jax.train.config import CellConfig, Config, StudyConfig
+from tests import xla
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -287,7 +288,7 @@ def test_smoke(tmp_path):
             *(f"--workdir={tmp_path}", "--config.study.cores_per_worker=0"),
         ],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        env={**os.environ, "XLA_FLAGS": xla.flags(1)},
         capture_output=True,
         text=True,
         timeout=900,
