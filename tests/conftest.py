@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.xla import flags
@@ -22,6 +23,7 @@ import pytest  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "tests" / "reference" / "run.py"
 TIMEOUT_S = 600
+_NO_TIME = "no time was left (PR2JAX_SLOW_UNTIL)"
 
 
 def reference_python() -> tuple[Path | None, str]:
@@ -73,11 +75,22 @@ def reference(tmp_path_factory):
     return call
 
 
+def pytest_runtest_setup(item):
+    """Slow tests run while there is time: until PR2JAX_SLOW_UNTIL (unix seconds), if it is set."""
+    until = os.environ.get("PR2JAX_SLOW_UNTIL")
+    if until and item.get_closest_marker("slow") and time.time() > float(until):
+        pytest.skip(_NO_TIME)
+
+
 def pytest_terminal_summary(terminalreporter):
-    """Says how many reference tests were skipped, and why."""
+    """Says how many tests were skipped for want of time, or of the reference environment."""
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = [str(r.longrepr[2]) for r in skipped if isinstance(r.longrepr, tuple)]
-    reasons = [r.removeprefix("Skipped: ") for r in reasons if "reference environment" in r]
+    reasons = [r.removeprefix("Skipped: ") for r in reasons]
+    late = reasons.count(_NO_TIME)
+    if late:
+        terminalreporter.write_line(f"{late} slow tests not run: {_NO_TIME}")
+    reasons = [r for r in reasons if "reference environment" in r]
     if reasons:
         terminalreporter.write_line(f"{len(reasons)} reference tests skipped: {reasons[0]}")
 
