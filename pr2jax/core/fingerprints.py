@@ -21,7 +21,7 @@ def fingerprint(state: Tree) -> str:
 
 def describe(tree: Tree) -> dict[str, dict[str, Any]]:
     """{path: {"shape", "dtype", "sum"}} of a tree's arrays, as JSON; `sum` is the fingerprint."""
-    flat = flatten(tree)
+    flat = dict(sorted(flatten(tree).items()))  # one program for all trees of the same arrays
     sums = np.asarray(_fingerprints(list(flat.values()))).tolist()
     return {
         path: {"shape": list(x.shape), "dtype": np.dtype(x.dtype).name, "sum": total}

@@ -50,7 +50,13 @@ def create(params: Tree, optimizer: Optimizer) -> TrainState:
     if _mesh(params) is not None:
         abstract = abstract_state(params, optimizer).replace(params=None)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(build, out_shardings=shardings)(params).replace(params=params)
+    state = jax.jit(build, out_shardings=shardings)(params)
+    first = jax.tree.leaves(params)[0]
+    if shardings is None and first.committed:
+        # What does not depend on the parameters' values would not be committed with them, and the
+        # first step would be another program than the second.
+        state = jax.device_put(state, first.sharding)
+    return state.replace(params=params)
 
 
 def abstract_state(params: Tree, optimizer: Optimizer) -> TrainState:

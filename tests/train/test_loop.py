@@ -62,22 +62,38 @@ def session(tmp_path_factory):
         yield session
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(session, tmp_path_factory):
+    """(outcome, folder) of a run of a kind that was never stopped, made once."""
+
+    @functools.cache
+    def make(kind):
+        folder = tmp_path_factory.mktemp(f"whole_{kind}")
+        return _train(session, kind, folder), folder
+
+    return make
+
+
 @pytest.mark.parametrize("kind", ["sft", "rl"])
-def test_resumed_equals_never_stopped(session, kind, tmp_path):
-    whole = _train(session, kind, tmp_path / "whole")
+def test_resumed_equals_never_stopped(session, uninterrupted, kind, tmp_path):
+    whole, folder = uninterrupted(kind)
     with pytest.raises(Interrupted, match="stopped at step 3 of 4"):
         _train(session, kind, tmp_path / "parts", stop_at=3)
     resumed = _train(session, kind, tmp_path / "parts")
     assert resumed.steps == whole.steps == 4
+    if kind == "sft":  # restored arrays are no other program's
+        assert _compiled(kind, session)._step._cache_size() == 1
     jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
-    a, b = (read_jsonl(tmp_path / name) for name in ("whole", "parts"))
+    a, b = (read_jsonl(path) for path in (folder, tmp_path / "parts"))
     assert [row["step"] for row in a] == [row["step"] for row in b]
     for key in ("loss", "grad_norm") + (("reward", "eval/pass@1") if kind == "rl" else ()):
         assert [row.get(key) for row in a] == [row.get(key) for row in b]
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(session, tmp_path, caplog):
-    whole = _train(session, "rl", tmp_path / "whole")
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    session, uninterrupted, tmp_path, caplog
+):
+    whole, folder = uninterrupted("rl")
     with pytest.raises(Interrupted):
         _train(session, "rl", tmp_path / "parts", stop_at=3)
     checkpoints = tmp_path / "parts" / "checkpoints"
@@ -92,7 +108,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(session, tmp_pat
     assert (checkpoints / "damaged" / "3").is_dir()
     jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
     for name in ("metrics.jsonl", "ledger.jsonl"):
-        a, b = (read_jsonl(tmp_path / run / name) for run in ("whole", "parts"))
+        a, b = (read_jsonl(path / name) for path in (folder, tmp_path / "parts"))
         lines = (tmp_path / "parts" / name).read_text().count("\n")
         assert len(a) == len(b) == lines
         assert [row["step"] for row in a] == [row["step"] for row in b]
