@@ -76,9 +76,12 @@ def _sections() -> list[_Section]:
 
 
 def _held(hint: Any) -> tuple[type | None, str]:
-    """The dataclass that a field holds, and what its own key adds: ".NAME" in a mapping."""
+    """The dataclass that a field holds, and what its own key adds: ".NAME" in a mapping, "[i]" in
+    a tuple."""
     if typing.get_origin(hint) is dict:
         return _held(typing.get_args(hint)[1])[0], ".NAME"
+    if typing.get_origin(hint) is tuple:
+        return _held(typing.get_args(hint)[0])[0], "[i]"
     if typing.get_origin(hint) in (Union, types.UnionType):
         held = [_held(member)[0] for member in typing.get_args(hint)]
         return next((cls for cls in held if cls is not None), None), ""

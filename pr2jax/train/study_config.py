@@ -63,6 +63,7 @@ class CellConfig:
     """One setting of a study, run once for each of the study's first `seeds` seeds.
 
     Attributes:
+      name: of the cell, in tables and folders.
       group: cells of a group stand in one table and one figure.
       overrides: "dotted.key=value" each, values as JSON or plain text.
       against: the cell of the same group that it is compared with, seed by seed (empty: none).
