@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def _options(argv: list[str] | None):
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `python -m pr2jax.chaos`; the exit code."""
     options, settings, kinds = _options(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what we started ends with us
     command = [sys.executable, "-m", "pr2jax.main", f"--config={options.config}", *settings]
     environment, draw = dict(os.environ), random.Random(options.seed)
     if options.devices:
