@@ -30,5 +30,5 @@ except RuntimeError as error:
     sys.exit(f"error: JAX sees no GPU: {error}")
 print(f"==> JAX {jax.__version__} sees {len(found)} x {found[0].device_kind}", file=sys.stderr)
 ' || exit 1
-# XLA's flags for GPUs are set by pr2jax.main: python -m pr2jax.core.platform gpu
+# XLA's flags for GPUs are set by pr2jax.main: python -m pr2jax.core.xla_flags gpu
 exec ./launch/restart.sh "$venv/bin/python" -m pr2jax.main "$@"

@@ -11,7 +11,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from pr2jax.core import goodput, hosts
+from pr2jax.core import goodput, hosts, xla_flags
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import reuse_freed_memory, setup_compilation_cache
 from pr2jax.core.files import StorageError, check_writable
@@ -180,6 +180,7 @@ def _start(argv: list[str]) -> None:
     )
     peers = None
     try:
+        xla_flags.apply("tpu" if COMPILE_ONLY.value else None)  # the check's programs are a run's
         config = _config()
         check_writable(WORKDIR.value)
         if COMPILE_ONLY.value or ESTIMATE.value:

@@ -76,6 +76,16 @@ def moe_specs(cfg: ModelConfig, repeats: int) -> dict:
     return specs
 
 
+def resolve_experts(moe: MoEConfig, platform: str, expert_axis: int) -> str:
+    """The grouped matmul (experts.IMPLEMENTATIONS) on `platform`, experts over `expert_axis`
+    devices."""
+    if moe.impl != "auto":
+        return moe.impl
+    impl = BY_PLATFORM[platform]
+    # Over several devices: blocks' work follows the assignments, batched does the worst case's.
+    return "blocks" if impl == "batched" and expert_axis > 1 else impl
+
+
 def dispatch(
     x: Float[Array, "B T D"],
     weights: ExpertWeights,
@@ -86,10 +96,8 @@ def dispatch(
 ) -> Float[Array, "B T D"]:
     """Sends tokens to their experts, on whatever device those are, and combines in fp32."""
     mesh = options.mesh
-    impl = BY_PLATFORM[options.platform] if moe.impl == "auto" else moe.impl
+    impl = resolve_experts(moe, options.platform, 1 if mesh is None else mesh.shape["expert"])
     if mesh is not None:
-        if moe.impl == "auto" and impl == "batched" and mesh.shape["expert"] > 1:
-            impl = "blocks"  # whose work follows the assignments; batched does the worst case's
         return ring_experts(
             x, weights, gates, ids, mesh=mesh, rules=options.rules, impl=impl, block=moe.block_size
         )
