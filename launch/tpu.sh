@@ -217,7 +217,7 @@ case $command in
   watch) watch ;;
   status)
     say "$name is $(state)"
-    on_workers "$(remote poll)"
+    on_workers "$(remote state)"
     ;;
   logs)
     if [[ $follow ]]; then on_workers "$(remote logs follow)"; else

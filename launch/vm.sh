@@ -3,6 +3,7 @@
 #   vm.sh setup BUCKET         finds or installs Python, mounts the bucket, makes .venv
 #   vm.sh start WORKDIR ARG..  starts `python -m pr2jax.main ARG..` under restart.sh, detached
 #   vm.sh poll                 log lines since the last poll, then "pr2jax-status HOST STATE CODE"
+#   vm.sh state                only the latter
 #   vm.sh logs N | follow      the last N lines, or all that comes
 #   vm.sh stop                 ends the job: SIGTERM, so that it saves
 set -euo pipefail
@@ -85,7 +86,7 @@ job() {
 
 poll() {
   local told=0 size=0 state=none code=-
-  if [[ -f $run_dir/log ]]; then
+  if [[ ${1:-} != state && -f $run_dir/log ]]; then
     if [[ -f $run_dir/told ]]; then told=$(<"$run_dir/told"); fi
     size=$(stat -c %s "$run_dir/log")
     tail -c "+$((told + 1))" "$run_dir/log" | head -c "$((size - told))" | tail -n 2000 |
@@ -113,6 +114,7 @@ case $command in
   start) start "$@" ;;
   job) job "$@" ;;
   poll) poll ;;
+  state) poll state ;;
   logs)
     touch "$run_dir/log"
     if [[ $1 == follow ]]; then tail -n 100 -F "$run_dir/log"; else tail -n "$1" "$run_dir/log"; fi |
