@@ -202,6 +202,9 @@ def _start(argv: list[str]) -> None:
         log.warning("%s", stopped)
         peers.leave()
         sys.exit(EXIT_RESUME)
+    except hosts.AbsentHost as error:
+        log.error("%s; start all processes again", error)
+        _leave(peers, EXIT_RESUME, str(error))
     except KeyboardInterrupt:
         log.warning("interrupted; the same command goes on from the last checkpoint")
         _leave(peers, EXIT_RESUME, "interrupted")

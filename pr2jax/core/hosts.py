@@ -45,6 +45,10 @@ class HostError(RuntimeError):
     """What one host was doing failed, told on all of them; names the host."""
 
 
+class AbsentHost(HostError):
+    """A host did not come in time: start all of them again."""
+
+
 def start(
     address: str | None = None,
     processes: int | None = None,
@@ -57,7 +61,8 @@ def start(
     pods and slices, JAX_COORDINATOR_ADDRESS) or of a TPU; "on" insists, "off" never does.
     Call it before anything asks for devices.
 
-    Raises ConfigError naming the flag, or what jax.distributed could not find or reach.
+    Raises ConfigError naming the flag, or what jax.distributed could not find; AbsentHost where
+    some process did not come within its time.
     """
     given = {"coordinator_address": address, "num_processes": processes, "process_id": index}
     missing = [name for name, value in given.items() if value is None]
@@ -79,6 +84,9 @@ def start(
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=_HEARTBEAT_S)
     except Exception as error:
         told = str(error).strip().splitlines()[0][:300]
+        if "DEADLINE_EXCEEDED" in str(error) or "UNAVAILABLE" in str(error):
+            where = address or "process 0"
+            raise AbsentHost(f"not all processes came to {where}: {told}") from None
         raise ConfigError(
             f"--coordinator_address: {address or 'found by itself'}: {told}"
         ) from None

@@ -118,7 +118,7 @@ class Peers:
                 missing = [n for i, n in enumerate(self.names) if i and i not in self._links]
                 if time.monotonic() < limit:
                     continue
-                raise hosts.HostError(f"{missing[0]} did not connect: {error}") from None
+                raise hosts.AbsentHost(f"{missing[0]} did not connect: {error}") from None
             if hello.get("secret") == self._secret:
                 self._links[int(hello["hello"])] = link
         listener.close()
