@@ -86,3 +86,18 @@ project_venv() {
   fi
   printf '%s\n' "$dir"
 }
+
+# reap PID: waits for a child through signals whose traps set `woken`; its exit code is in `code`.
+# A `wait` that a signal ends says nothing of the child, which may be gone by then.
+reap() {
+  local last
+  code=0
+  while true; do
+    woken='' last=0
+    wait "$1" || last=$?
+    if ((last == 127)); then break; fi # it was waited for already
+    # shellcheck disable=SC2034 # the caller's
+    code=$last
+    [[ $woken ]] || break
+  done
+}

@@ -13,6 +13,8 @@
 # Its own exit code is the command's last. SIGTERM and SIGINT (Ctrl-C) reach the command as SIGTERM,
 # on which pr2jax saves, and no other start follows.
 set -uo pipefail
+# shellcheck source=launch/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 retries=${PR2JAX_RETRIES:-5} backoff=${PR2JAX_BACKOFF_S:-10} quick=${PR2JAX_QUICK_S:-60}
 (($#)) || {
@@ -23,7 +25,7 @@ tell() { printf '==> restart: %s\n' "$*" >&2; }
 
 child='' stopped=''
 stop() {
-  stopped=yes
+  stopped=yes woken=yes
   # Commands in the background of a script ignore SIGINT.
   [[ -z $child ]] || kill -TERM "$child" 2>/dev/null
 }
@@ -42,13 +44,7 @@ while true; do
   start=$SECONDS
   "$@" &
   child=$!
-  code=0
-  wait "$child" || code=$?
-  # `wait` is also ended by a signal to us; the command goes on until it has saved.
-  while kill -0 "$child" 2>/dev/null; do
-    code=0
-    wait "$child" || code=$?
-  done
+  reap "$child" # a signal to us does not end it: the command goes on until it has saved
   child=''
   took=$((SECONDS - start))
   [[ -z $stopped ]] || exit "$code"

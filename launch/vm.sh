@@ -73,12 +73,8 @@ job() {
   printf '==> %s: %s\n' "$(date -u +%FT%TZ)" "$*"
   bash launch/restart.sh .venv/bin/python -m pr2jax.main --workdir="$workdir" "$@" &
   runner=$!
-  trap 'kill -TERM "$runner" 2>/dev/null' TERM
-  wait "$runner" || code=$?
-  while kill -0 "$runner" 2>/dev/null; do
-    code=0
-    wait "$runner" || code=$?
-  done
+  trap 'woken=yes; kill -TERM "$runner" 2>/dev/null' TERM
+  reap "$runner"
   printf '==> %s: ended with exit code %s\n' "$(date -u +%FT%TZ)" "$code"
   { mkdir -p "$workdir/launch" && cp "$run_dir/log" "$workdir/launch/$host.log"; } || true
   printf '%s\n' "$code" >"$run_dir/code"

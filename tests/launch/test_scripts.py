@@ -60,6 +60,8 @@ def test_a_signal_reaches_the_command_and_no_start_follows(tmp_path, sent):
         ["bash", ROOT / "launch" / "restart.sh", "bash", "-c", command],
         cwd=tmp_path,
         env=os.environ | QUICK,
+        # Whoever was started in the background ignores it, and so would all below.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 20
     while not (tmp_path / "n").exists() and time.monotonic() < deadline:
