@@ -9,10 +9,6 @@ import math
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +27,7 @@ from pr2jax.train.config import Config, LoopConfig, PretrainConfig
 from pr2jax.train.loop import Interrupted, run
 from pr2jax.train.pretrain import PretrainTrainer, read_data, with_trained_tokenizer
 from pr2jax.train.session import open_session
-from tests import xla
+from pr2jax.train.streams import Streams
 
 LETTERS = "abcdefghijkl"
 STEPS = 60
@@ -242,13 +238,38 @@ def test_held_out_documents_are_not_trained_on(session):
         assert len(held)
 
 
-def test_other_documents_or_hosts_are_refused(session, folder, tmp_path):
+def test_a_batch_is_of_its_parts_whoever_reads_them(session):
+    trainer = copy.copy(_trainer(session))
+    make, batch = trainer._part, session.cfg.pretrain.batch
+    whole = Streams(make, batch, range(batch), 3)
+    halves = [Streams(make, batch, range(i, i + batch // 2), 3) for i in (0, batch // 2)]
+    assert [list(half.streams) for half in halves] == [[0, 1], [1, 2]]
+    for _ in range(3):
+        (rows, pieces), (upper, _), (lower, _) = next(whole), *map(next, halves)
+        for field, x, y in zip(rows, upper, lower, strict=True):
+            np.testing.assert_array_equal(field, np.concatenate([x, y]))
+        assert len(pieces) == batch
+    # A run that was read in three parts goes on so, wherever it began.
+    state = json.loads(json.dumps(whole.state()))
+    other = Streams(make, batch, range(batch), 1)
+    assert not np.array_equal(next(other)[0].tokens, rows.tokens)
+    other.restore(state)
+    assert (other.parts, other.position) == (3, 3)
+    for _ in range(2):
+        (x, pieces), (y, again) = next(whole), next(other)
+        np.testing.assert_array_equal(x.tokens, y.tokens)
+        assert pieces == again
+
+
+def test_other_documents_or_parts_are_refused(session, folder, tmp_path):
     trainer = copy.copy(_trainer(session))
     memory = trainer.memory()
     with pytest.raises(ConfigError, match="documents are not those"):
         trainer.remember(memory | {"documents": "others"})
-    with pytest.raises(ConfigError, match="read by 2 hosts, there are 1 now"):
-        trainer.remember(memory | {"streams": memory["streams"] * 2})
+    with pytest.raises(ConfigError, match=r"pretrain.batch: 6 rows are not divided by 4 parts"):
+        trainer.remember(memory | {"streams": memory["streams"] * 4})
+    with pytest.raises(ConfigError, match="parts: 4 does not divide batch=6"):
+        dataclasses.replace(session.cfg.pretrain, parts=4).validate()
     shutil.copytree(folder, tmp_path / "texts")
     (tmp_path / "texts" / "up.txt").write_text("a\nb\nabc")
     changed = read_data(config(tmp_path / "texts").pretrain)
@@ -307,35 +328,3 @@ def test_a_mesh_gives_the_same_step(session, folder, tmp_path):
         (_, x), (_, y) = trainer.step(a, 0), whole.step(b, 0)
         for key in ("loss", "grad_norm", "tokens", "load_balance"):
             assert float(x[key][0]) == pytest.approx(float(y[key][0]), rel=1e-4)
-
-
-@pytest.mark.slow
-def test_two_hosts_read_apart_and_train_as_one(session, folder, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": xla.flags(1)}
-    hosts = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.train.two_hosts", str(i), str(port), folder, tmp_path],
-            cwd=Path(__file__).resolve().parents[2],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        found = [json.loads(host.communicate(timeout=600)[0].splitlines()[-1]) for host in hosts]
-    finally:
-        for host in hosts:
-            host.kill()
-    whole = _trainer(session).full(session.initial_params())
-    for host in found:
-        assert host["losses"] == found[0]["losses"]
-        assert host["again"] == host["ledger"][2:]
-        for key, value in host["figures"].items():
-            assert value == pytest.approx(whole[key].mean, rel=1e-5)
-    first = [{i.partition(":")[0] for step in h["ledger"] for i in step} for h in found]
-    assert first[0]
-    assert not first[0] & first[1]
