@@ -80,13 +80,14 @@ def test_pretraining_with_a_growth(pretrained, folder, processes):  # noqa: F811
 def test_grpo_on_recorded_rollouts(learned, processes):
     own = learned.with_name(f"grpo_{processes}")
     shutil.copytree(learned / "journal", own / "journal")
-    # The last ones they sample themselves, and score together.
+    # The last ones they sample themselves, and score together; as the first, which no checkpoint
+    # of the run needed any more.
     for step in (18, 19):
         (own / "journal" / f"step_{step:06d}.p0.batch").unlink()
     launch.run(processes, own, GRPO)
     compare(own, learned)
     rows = read_jsonl(own / "metrics.jsonl")
-    assert [row["journal/replayed"] for row in rows] == [1.0] * 18 + [0.0] * 2
+    assert [row["journal/replayed"] for row in rows] == [0.0] + [1.0] * 17 + [0.0] * 2
     assert {p.name for p in (own / "journal").glob("step_000019*")} == {
         f"step_000019.p{index}.batch" for index in range(processes)
     }
