@@ -45,18 +45,6 @@ class PretrainData:
         """Of every document and its place: what a stream's position refers to."""
         return "-".join(d.fingerprint() for d in (*self.train, *self.held_out))
 
-    def _part(self, part: int, parts: int, rows: int) -> RowStream:
-        cfg = self.session.cfg.pretrain
-        return RowStream(
-            self.data.train,
-            self.data.weights,
-            self.session.tokenizer,
-            row_length=cfg.row_length,
-            batch=rows,
-            seed=self.session.cfg.seed,
-            shard=(part, parts),
-        )
-
     def counts(self) -> dict[str, dict[str, int]]:
         """For each source: documents to train on, held out, left out as empty; bytes."""
         return {
