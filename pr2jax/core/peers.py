@@ -38,11 +38,8 @@ class Peers:
     Creating it is collective. Does nothing with one process.
     """
 
-    def __init__(self, timeout_s: float = 30.0, exit_process=None):
-        """`exit_process`: what ends this process (default: os._exit; a main thread that waits in
-        a collective cannot be woken otherwise)."""
+    def __init__(self, timeout_s: float = 30.0):
         self.timeout_s = timeout_s
-        self._exit = exit_process or os._exit
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         if not hosts.several():
@@ -176,7 +173,7 @@ class Peers:
         log.error("%s; %s ends, too%s", why, self.names[self.index], then)
         sys.stdout.flush()
         sys.stderr.flush()
-        self._exit(code)
+        os._exit(code)  # a main thread that waits in a collective cannot be woken
 
 
 class _Link:
