@@ -57,10 +57,12 @@ class World:
         (self.folder / "codes").write_text("".join(f"{c}\n" for c in codes))
         (self.folder / "memory").write_text(str(memory))
 
-    def start(self, *arguments: str) -> subprocess.Popen:
-        """The script, running."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PR2JAX_")}
-        environment |= {
+    @property
+    def environment(self) -> dict[str, str]:
+        """That of a shell beside this gcloud. Nothing of the surroundings' settings is in it:
+        "workers" that heard of PR2JAX_VENV would make the environment of these tests anew."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("PR2JAX_")}
+        return kept | {
             "FAKE_GCLOUD": str(self.folder),
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "PR2JAX_PYTHON": str(self.folder / "local_python"),
@@ -69,9 +71,12 @@ class World:
             "PR2JAX_QUICK_S": "0",
             "PR2JAX_RETRIES": "1",
         }
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        """The script, running."""
         return subprocess.Popen(
             ["bash", str(self.checkout / "launch" / "tpu.sh"), *arguments],
-            env=environment,
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -372,11 +377,9 @@ def test_a_dry_run_calls_nothing(world, command):
     assert all(line.startswith(("gcloud compute tpus ", "git archive ")) for line in lines)
     if command == "watch":
         # What it prints are commands: given to a shell, they reach gcloud as the real ones do.
-        path = f"{world.folder / 'bin'}:{os.environ['PATH']}"
-        environment = os.environ | {"PATH": path, "FAKE_GCLOUD": str(world.folder)}
         script = f"mkdir -p runs/tpu\n{out}"
         subprocess.run(
-            ["bash", "-e", "-c", script], env=environment, cwd=world.checkout, check=True
+            ["bash", "-e", "-c", script], env=world.environment, cwd=world.checkout, check=True
         )
         done = ["create", "copy", "setup", "start", "delete"]
         assert essential(world.calls()) == done
