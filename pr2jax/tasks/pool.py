@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pr2jax.tasks.judge import Judge
 
 _START_S = 120.0
+_KILLED_STARTS = 5
 _MAX_REPLY = 2**20
 _GONE_S = 0.5
 _UNTRUSTED = 1  # of a process that we end ourselves
@@ -122,7 +123,8 @@ class VerifierPool:
         "timeouts" to "errors" gave score 0.
 
     An item whose worker is killed from outside (SIGKILL: an operator, the kernel's memory killer)
-    is put to another one; only where that is killed, too, does it count as a crash.
+    is put to another one; only where that is killed, too, does it count as a crash. A worker that
+    is killed before it has started costs the item nothing; five in a row are an error.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class VerifierPool:
         self._workers = [_Worker(*self._start) for _ in range(workers)]
         self._closed = False
         self._killed: set[int] = set()  # items of this batch whose worker was
+        self._killed_starts = 0  # in a row
         atexit.register(self.close)
 
     def score_batch(self, items: Sequence[tuple[Problem, str]]) -> list[Verdict]:
@@ -239,6 +242,7 @@ class VerifierPool:
                 raise RuntimeError(f"verifier workers do not work: {message['broken']}")
             if message.get("ready"):
                 worker.ready = True
+                self._killed_starts = 0
             elif message.get("item") != worker.item:
                 messages = None  # not what was asked: nothing from this process can be trusted
                 break
@@ -250,18 +254,29 @@ class VerifierPool:
                 return
         if messages is None:
             code = worker.end()
-            if code == -signal.SIGKILL and worker.item not in self._killed:
-                self._killed.add(worker.item)
+            if code == -signal.SIGKILL and self._excused(worker):
                 waiting.appendleft(worker.item)
                 selector.unregister(worker.process.stdout)
                 self._replace(i)
                 self._feed(i, items, waiting, selector, verdicts)
                 return
             if not worker.ready:
-                raise RuntimeError(f"a verifier worker ended as it started (exit code {code})")
+                raise RuntimeError(
+                    f"a verifier worker ended as it started (exit code {code}; "
+                    f"{self._killed_starts} in a row were killed)"
+                )
             reason = f"verifier process crashed (exit code {code})"
             self._fail(i, "crashes", reason, selector, verdicts)
             self._feed(i, items, waiting, selector, verdicts)
+
+    def _excused(self, worker: _Worker) -> bool:
+        """Whether a worker that was killed from outside leaves its item to another one."""
+        if not worker.ready:  # it had not seen the item
+            self._killed_starts += 1
+            return self._killed_starts < _KILLED_STARTS
+        first = worker.item not in self._killed
+        self._killed.add(worker.item)
+        return first
 
     def _accept(self, i, message, selector, verdicts) -> None:
         """Takes the verdict in `message` for the item of worker `i`."""

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from pr2jax.tasks import pool as pool_module
 from pr2jax.tasks.base import Problem, TaskConfig
 from pr2jax.tasks.pool import VerifierPool
 from pr2jax.tasks.registry import build_task
@@ -145,3 +146,27 @@ def test_workers_that_cannot_start_are_an_error_not_a_zero():
     broken = pytest.raises(RuntimeError, match="do not work: ModuleNotFoundError.*nowhere")
     with VerifierPool(1, verifier="nowhere:score") as pool, broken:
         pool.score_batch([(PROBLEM, "ok")])
+
+
+@pytest.mark.parametrize("doomed", [3, 50])
+def test_workers_killed_as_they_start_cost_no_item_and_an_endless_row_of_them_ends(
+    monkeypatch, doomed
+):
+    left = [None] * doomed
+
+    class Doomed(pool_module._Worker):
+        def __init__(self, *start):
+            super().__init__(*start)
+            if left:
+                left.pop()
+                self.process.kill()
+
+    monkeypatch.setattr(pool_module, "_Worker", Doomed)
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    with VerifierPool(1, verifier="hostile_verifier:score") as pool:
+        if doomed == 50:
+            with pytest.raises(RuntimeError, match="exit code -9; 5 in a row were killed"):
+                pool.score_batch([(PROBLEM, "ok")])
+            return
+        assert [v.score for v in pool.score_batch([(PROBLEM, "ok"), (PROBLEM, "no")])] == [1, 0]
+        assert pool.stats["crashes"] == 0
