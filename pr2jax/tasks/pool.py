@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pr2jax.tasks.judge import Judge
 
 _START_S = 120.0
-_KILLED_STARTS = 5
+_KILLED_STARTS = 5  # in a row, for each worker: one blow may hit all of a large pool
 _MAX_REPLY = 2**20
 _GONE_S = 0.5
 _UNTRUSTED = 1  # of a process that we end ourselves
@@ -124,7 +124,8 @@ class VerifierPool:
 
     An item whose worker is killed from outside (SIGKILL: an operator, the kernel's memory killer)
     is put to another one; only where that is killed, too, does it count as a crash. A worker that
-    is killed before it has started costs the item nothing; five in a row are an error.
+    is killed before it has started costs the item nothing; five in a row for each worker are an
+    error.
     """
 
     def __init__(
@@ -273,7 +274,7 @@ class VerifierPool:
         """Whether a worker that was killed from outside leaves its item to another one."""
         if not worker.ready:  # it had not seen the item
             self._killed_starts += 1
-            return self._killed_starts < _KILLED_STARTS
+            return self._killed_starts < _KILLED_STARTS * len(self._workers)
         first = worker.item not in self._killed
         self._killed.add(worker.item)
         return first
