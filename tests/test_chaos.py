@@ -15,7 +15,7 @@ import pytest
 from pr2jax.chaos import __main__ as chaos
 from pr2jax.chaos import judge
 from pr2jax.chaos.faults import KINDS, schedule
-from pr2jax.chaos.processes import processes_below, wait_for_orphans
+from pr2jax.chaos.processes import Processes, processes_below, wait_for_orphans
 from pr2jax.chaos.trial import Options, torment
 from pr2jax.core.checkpoint import Checkpointer
 from pr2jax.train import audit
@@ -126,6 +126,19 @@ def test_every_kind_of_fault_is_put_and_survived(tmp_path):
         assert judge._untold(trial) == []
         # One start more than faults that end a process.
         assert len(trial.starts) == 1 + sum(f.kind != "pool" for f in trial.faults)
+
+
+def test_workers_that_ended_before_the_blow_are_no_fault(tmp_path, monkeypatch):
+    real, calls = Processes.having, []
+
+    def having(self, word):  # found to be possible; at the first blow they are gone
+        calls.append(word)
+        return [] if len(calls) == 2 else real(self, word)
+
+    monkeypatch.setattr(Processes, "having", having)
+    _, trials, _ = _torment(tmp_path, ["pool"])
+    assert [f.detail for trial in trials for f in trial.faults] == ["1 workers"]
+    assert len(calls) >= 4
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,10 @@ class NotSurvived(RuntimeError):
     """The run did not do what it must after a fault."""
 
 
+class NotPut(Exception):
+    """What the fault is for has ended since it was found to be possible."""
+
+
 @dataclasses.dataclass
 class Fault:
     """One fault: seconds after its process started, steps in the ledger, and amid what.
@@ -75,15 +79,18 @@ def inject(
 ) -> bool:
     """Puts the fault to the run and waits for what must follow; whether the processes ended.
 
-    Raises NotSurvived where it does not follow.
+    Raises NotSurvived where it does not follow, NotPut where the fault is no longer possible.
     """
     below, start = processes.below(), time.monotonic()
     if fault.kind == "pool":
-        workers = processes.having(WORKER)
-        for pid in workers:
+        killed = 0
+        for pid in processes.having(WORKER):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        fault.detail = f"{len(workers)} workers"
+                killed += 1
+        if not killed:
+            raise NotPut("pool: the workers have ended since")
+        fault.detail = f"{killed} workers"
         return False
     if fault.kind == "hang":
         processes.send(signal.SIGSTOP)

@@ -170,14 +170,16 @@ class Trial:
         fault = Fault(kind, round(passed, 3), 0, "")
         self.faults.append(fault)
         look = lambda: (progress.amid(self.workdir, before, steps), progress.steps(self.workdir))
-        if kind == "pool" and not processes.having(faults.WORKER):  # they have ended since
-            self.faults.pop()
-            schedule.kinds.insert(0, kind)
-            return False
         goes_on = kind in ("disk", "pool")
         if goes_on:
             fault.amid, fault.steps = look()
-        ended = faults.inject(fault, self.workdir, processes, self._victims, self.options.hang_s)
+        options = (self._victims, self.options.hang_s)
+        try:
+            ended = faults.inject(fault, self.workdir, processes, *options)
+        except faults.NotPut:
+            self.faults.pop()
+            schedule.kinds.insert(0, kind)
+            return False
         if not goes_on:  # the files tell what it was about when it was stopped
             fault.amid, fault.steps = look()
         return ended
