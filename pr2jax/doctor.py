@@ -32,8 +32,10 @@ from ml_collections import ConfigDict
 from pr2jax.core import params, rng, xla_flags
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import resolve_dtype, setup_compilation_cache, versions
+from pr2jax.core.files import check_writable
 from pr2jax.core.hardware import GB, local_chip
 from pr2jax.core.sharding import ShardingError, mesh_sizes
+from pr2jax.core.store import StorageError, is_store
 from pr2jax.models.attention import resolve_impl
 from pr2jax.models.cache import init_cache
 from pr2jax.models.config import ModelConfig, MoEConfig, segments
@@ -127,6 +129,13 @@ def _version(package: str) -> str:
 
 
 def _disk(found: Findings, workdir: str) -> None:
+    if is_store(workdir):
+        try:
+            check_writable(workdir)
+            found.add("store", f"{workdir} can be written to")
+        except StorageError as error:
+            found.problems.append(f"store: {error}")
+        return
     path = Path(workdir).absolute()
     while not path.exists():
         path = path.parent
@@ -323,7 +332,7 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="configs/NAME.py[:arg]: names its kernels, layer by layer")
-    parser.add_argument("--workdir", default=".", help="where the free disk counts")
+    parser.add_argument("--workdir", default=".", help="whose disk counts, or gs:// to try")
     parser.add_argument("--json", help="also writes what was found to this file")
     options = parser.parse_args(argv)
     found = Findings()

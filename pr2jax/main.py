@@ -14,9 +14,9 @@ from ml_collections import ConfigDict, config_flags
 from pr2jax.core import goodput, hosts, xla_flags
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import reuse_freed_memory, setup_compilation_cache
-from pr2jax.core.files import StorageError, check_writable
-from pr2jax.core.metrics import remove_leftovers
+from pr2jax.core.files import check_writable, remove_leftovers
 from pr2jax.core.peers import Peers
+from pr2jax.core.store import StorageError, local
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -83,6 +83,8 @@ def run(config, workdir: str, profile_steps: int = 0) -> None:
     alone = ("generate", "eval", "curate", "study", "difficulty", "plan")
     if hosts.several() and config.mode in alone:
         raise ConfigError(f"mode: {config.mode!r} runs in one process, here are several")
+    if config.mode in ("eval", "curate", "study", "difficulty"):
+        local(workdir, f"mode {config.mode!r}")
     modes[config.mode](config, workdir, profile_steps)
 
 

@@ -20,6 +20,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from tests import gcs  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "tests" / "reference" / "run.py"
 TIMEOUT_S = 600
@@ -34,6 +36,22 @@ def reference_python() -> tuple[Path | None, str]:
         return (path, "") if path.exists() else (None, f"PR2JAX_REFERENCE_PYTHON={named} not found")
     path = ROOT / ".venv-ref" / "bin" / "python"
     return (path, "") if path.exists() else (None, "no .venv-ref (launch/test.sh makes it)")
+
+
+@pytest.fixture(scope="session")
+def _store():
+    with gcs.serving() as store:
+        yield store
+
+
+@pytest.fixture
+def store(_store, request):
+    """A store of objects that gs://bucket/... means in this test and in processes it starts; the
+    clients keep a connection to it, so it is one for all tests."""
+    yield _store
+    _store.fault = lambda method, path: None
+    _store.buckets.clear()
+    _store.buckets[gcs.BUCKET] = {}
 
 
 @pytest.fixture(scope="session")

@@ -30,12 +30,13 @@ from pathlib import Path
 
 from pr2jax.chaos import faults
 from pr2jax.chaos.trial import Options, torment
+from pr2jax.core.store import local
 
 
 def _options(argv: list[str] | None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", required=True, help="as of pr2jax.main")
-    parser.add_argument("--workdir", required=True, type=Path, help="new folder for all runs")
+    parser.add_argument("--workdir", required=True, help="new folder for all runs")
     parser.add_argument("--kills", type=int, help="faults, all of them SIGKILL (default: 20)")
     parser.add_argument("--faults", type=int, help="faults of all --kinds, as many of each")
     parser.add_argument("--kinds", help="of kill,hang,torn,flip,disk,pool,peer; by default all")
@@ -66,6 +67,7 @@ def _options(argv: list[str] | None):
         parser.error("--kinds: peer needs --hosts=2")
     if options.hosts < 1 or (options.devices or options.hosts) % options.hosts:
         parser.error(f"--devices={options.devices}: not divided by --hosts={options.hosts}")
+    options.workdir = local(options.workdir, "pr2jax.chaos")
     if options.workdir.exists() and any(options.workdir.iterdir()):
         parser.error(f"--workdir={options.workdir}: is not empty")
     kinds = faults.schedule(count, kinds, random.Random(f"kinds {options.seed}"))

@@ -27,6 +27,7 @@ from pr2jax.core import hosts, manifest
 from pr2jax.core.fingerprints import describe, flatten
 from pr2jax.core.manifest import CheckpointError, DamagedCheckpoint
 from pr2jax.core.params import Tree, map_with_path
+from pr2jax.core.store import as_path, files_below, is_store
 from pr2jax.core.stored import SCHEMA, Stored, brief
 
 log = logging.getLogger("pr2jax")
@@ -116,7 +117,8 @@ class Checkpointer:
         when an earlier save failed, ValueError when `extra` is not JSON.
         """
         steps = self.steps()
-        if hosts.first() and not epath.Path(self.directory).is_dir():
+        folder = epath.Path(self.directory)
+        if hosts.first() and not is_store(folder) and not folder.is_dir():  # stores have none
             raise CheckpointError(f"{self.directory}: not saved: the folder is gone")
         if step in steps:
             return False
@@ -249,11 +251,11 @@ class Checkpointer:
         if hosts.first():
             folder = epath.Path(self.directory) / DAMAGED
             folder.mkdir(parents=True, exist_ok=True)
-            taken = {path.name for path in folder.iterdir()}
+            taken = {path.name for path in folder.iterdir()} if folder.is_dir() else ()
             names = (f"{step}.{n}" if n else str(step) for n in range(len(taken) + 1))
             moved = folder / next(name for name in names if name not in taken)
             try:
-                epath.Path(self._stored.path(step)).rename(moved)
+                _move(epath.Path(self._stored.path(step)), moved)
             except OSError as error:
                 raise CheckpointError(
                     f"{self._stored.path(step)}: cannot be moved: {error}"
@@ -380,6 +382,22 @@ def _jsonable(extra: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"extra cannot be written as JSON: {error}") from None
 
 
+def _move(folder: epath.Path, target: epath.Path) -> None:
+    """Moves a folder: in a store one object after the other, the one that makes a checkpoint of
+    them first, lest half of it be taken for one."""
+    if not is_store(folder):
+        folder.rename(target)
+        return
+    files = files_below(folder)
+    for name in sorted(files, key=lambda name: name != manifest.COMMITTED):
+        (target / name).write_bytes(files[name].read_bytes())
+        files[name].unlink()
+
+
 def _absolute(directory: str | os.PathLike) -> str:
-    directory = os.fspath(directory)
-    return directory if "://" in directory else os.path.abspath(directory)
+    if not is_store(directory):
+        return os.path.abspath(directory)
+    try:
+        return os.fspath(as_path(directory))
+    except OSError as error:
+        raise CheckpointError(str(error)) from None

@@ -17,10 +17,12 @@ from typing import Any
 import jax
 import jax.monitoring
 import jax.numpy as jnp
+from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from pr2jax.core.config import ConfigError
 from pr2jax.core.files import user_cache
+from pr2jax.core.store import Staged, as_path, is_store
 
 
 def resolve_dtype(name: str, device: Any = None) -> tuple[Any, str]:
@@ -76,12 +78,12 @@ def reuse_freed_memory() -> bool:
     return all(mallopt(name, value) == 1 for name, value in settings)
 
 
-def setup_compilation_cache(directory: str | os.PathLike | None = None) -> Path | None:
+def setup_compilation_cache(directory: str | os.PathLike | None = None) -> epath.Path | None:
     """Turns the persistent compilation cache on; returns its folder.
 
     None means JAX_COMPILATION_CACHE_DIR, or a folder of the user's cache that is particular to the
     jaxlib version and the CPU's features (XLA:CPU's machine code runs only where they are the
-    same).  "off" leaves it off and returns None.
+    same).  "off" leaves it off and returns None. It may lie in a store.
     """
     # JAX opens its cache at the first compilation and would go on with that one.
     compilation_cache.reset_cache()
@@ -90,8 +92,10 @@ def setup_compilation_cache(directory: str | os.PathLike | None = None) -> Path 
         return None
     if directory is None:
         directory = os.environ.get("JAX_COMPILATION_CACHE_DIR") or _default_cache()
-    path = Path(directory).expanduser().absolute()
-    path.mkdir(parents=True, exist_ok=True)
+    path = as_path(directory)
+    if not is_store(path):
+        path = path.expanduser().resolve()
+        path.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(path))
     # The default of a second keeps out most of a small model's programs.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -165,7 +169,7 @@ def profile(directory: str | os.PathLike | None) -> Iterator[None]:
     if directory is None:
         yield
         return
-    with jax.profiler.trace(str(directory)):
+    with Staged(directory) as staged, jax.profiler.trace(str(staged.path)):
         yield
 
 

@@ -33,6 +33,7 @@ from typing import Any
 import jax
 
 from pr2jax.core.metrics import RowWriter
+from pr2jax.core.store import as_path
 
 FILE = "goodput.jsonl"
 PRODUCTIVE = ("generate", "verify", "learn")
@@ -59,7 +60,7 @@ class Ledger:
         began: float | None = None,
         clock: Callable[[], float] | None = None,
     ):
-        self.folder = Path(workdir)
+        self.folder = as_path(workdir)
         offset = time.time() - time.monotonic()  # a clock that is set meanwhile changes nothing
         self._clock = clock or (lambda: offset + time.monotonic())
         earlier = read(self.folder)
@@ -216,7 +217,7 @@ def so_far() -> dict[str, Any]:
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a run's ledger; a torn last line is left out."""
-    path = Path(workdir) / FILE
+    path = as_path(workdir) / FILE
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]

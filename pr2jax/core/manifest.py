@@ -14,15 +14,16 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from pr2jax.core.metrics import replacing
+from pr2jax.core.files import replacing
+from pr2jax.core.store import files_below, is_store
 
 NAME = "pr2jax_manifest.json"
 SCHEMA = 1
+COMMITTED = "commit_success.txt"  # orbax's mark, in a store, of a step that is all there
 HASHED_BYTES = 16 << 20
 
 
@@ -42,15 +43,14 @@ def digest(value: Any) -> str:
 def write(folder: str | os.PathLike) -> None:
     """Writes the manifest of `folder`, all of it or nothing. Raises OSError."""
     folder, files = epath.Path(folder), {}
-    for name, path in sorted(_files(folder).items()):
+    for name, path in sorted(files_below(folder).items()):
+        if name == NAME or name.startswith("." + NAME):
+            continue
         size = path.stat().length
         files[name] = [size, _blake(path.read_bytes()) if size <= HASHED_BYTES else None]
     whole = {"schema": SCHEMA, "files": files}
     text = json.dumps(whole | {"digest": digest(whole)}, indent=1)
-    if "://" in os.fspath(folder):
-        (folder / NAME).write_text(text)  # a store's objects are whole or not there
-        return
-    with replacing(Path(folder / NAME)) as file:
+    with replacing(folder / NAME) as file:
         file.write(text.encode())
 
 
@@ -110,7 +110,9 @@ class Sealer:
     def _run(self) -> None:
         while self._busy():
             time.sleep(0.02)
-        if epath.Path(self._folder).is_dir():  # otherwise the save failed, which `wait` tells
+        folder = epath.Path(self._folder)
+        # Otherwise the save failed, which `wait` tells.
+        if (folder / COMMITTED).exists() if is_store(folder) else folder.is_dir():
             try:
                 seal(self._folder)
             except CheckpointError as error:
@@ -134,18 +136,6 @@ def seal(folder: str) -> None:
 def later(path: Any, schema: int, known: int) -> str:
     """The message for a file of a later version."""
     return f"{path}: of schema {schema}, of a later version of pr2jax; this one reads {known}"
-
-
-def _files(folder: epath.Path, prefix: str = "") -> dict[str, epath.Path]:
-    """{relative name: path} of all files below `folder`, its manifest and leftovers aside."""
-    found = {}
-    for path in folder.iterdir():
-        name = prefix + path.name
-        if path.is_dir():
-            found |= _files(path, name + "/")
-        elif name != NAME and not name.startswith("." + NAME):
-            found[name] = path
-    return found
 
 
 def _blake(data: bytes) -> str:

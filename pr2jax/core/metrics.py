@@ -11,24 +11,24 @@ step there; TensorBoard's files may hold a step twice (its readers go by the lat
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float
 
-from pr2jax.core.files import storing
+from pr2jax.core.files import replacing
+from pr2jax.core.store import Staged, as_path, storing
 
 Metric = tuple[Float[Array, ""], Float[Array, ""]]
 Metrics = dict[str, Metric]
@@ -67,7 +67,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     JSON raises ValueError naming file and line. When a resumed run wrote a step again, the later
     row is kept.
     """
-    path = Path(path)
+    path = as_path(path)
     path = path / JSONL if path.is_dir() else path
     lines = path.read_text(encoding="utf-8").splitlines()
     rows: dict[Any, dict[str, Any]] = {}
@@ -84,9 +84,9 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def write_summary(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> Path:
+def write_summary(workdir: str | os.PathLike, summary: Mapping[str, Any]) -> epath.Path:
     """Write `workdir/summary.json` atomically (readers see the old file or the whole new one)."""
-    path = Path(workdir) / SUMMARY
+    path = as_path(workdir) / SUMMARY
     write_json(path, summary)
     return path
 
@@ -98,65 +98,14 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     """
     if jax.process_index() != 0:
         return
-    path = Path(path)
+    path = as_path(path)
     text = json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_atomically(path, text)
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file (bytes) that takes `path`'s name, all of it on disk, where the block ends well.
-
-    Whoever is killed on the way leaves `.NAME.PID` behind: `remove_leftovers`.
-    Raises StorageError naming `path` where it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with storing(path):
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the name, too
-            finally:
-                os.close(folder)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: str | os.PathLike) -> list[str]:
-    """Removes what `replacing` left in `folder` where it was killed; returns the names.
-
-    Only in a run of one process: another host's process may be alive under any number.
-    """
-    gone = []
-    if jax.process_count() > 1 or not Path(folder).is_dir():
-        return gone
-    for path in Path(folder).glob(".*"):
-        found = re.fullmatch(r"[.].+[.](\d+)", path.name)
-        if found and path.is_file() and not _alive(int(found[1])):
-            path.unlink(missing_ok=True)
-            gone.append(path.name)
-    return gone
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OverflowError, PermissionError):
-        return True  # no process's number, so not our file; or another user's process
-    return True
-
-
-def _write_atomically(path: Path, text: str) -> None:
+def _write_atomically(path: epath.Path | Path, text: str) -> None:
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
 
@@ -183,19 +132,21 @@ class RowWriter:
 
     With `resume_step`, rows of later steps (written after the checkpoint that the run resumes
     from) are dropped first; so is what a killed writer left of its last line. Only process 0 of
-    a multi-host run writes. What cannot be written raises StorageError naming the file.
+    a multi-host run writes. What cannot be written raises StorageError naming the file. In a store
+    rows arrive with the next `sync` or `close`, or when half a minute has passed.
     """
 
     def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
         self._file: TextIO | None = None
         if jax.process_index() != 0:
             return
-        self._path = path = Path(path)
+        self._path = as_path(path)
         with storing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                _trim(path, resume_step)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+            self._staged = Staged(self._path.parent)
+            file = self._staged.fetch(self._path.name)
+            if file.exists():
+                _trim(file, resume_step)
+            self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write one row, which needs a `step`."""
@@ -204,14 +155,16 @@ class RowWriter:
             with storing(self._path):
                 self._file.write(line)
                 self._file.flush()
+                self._staged.sync_now_and_then()
 
     def sync(self) -> None:
-        """Has what was written on disk, for a checkpoint that will not write it again."""
+        """Has what was written stored, for a checkpoint that will not write it again."""
         if self._file is not None:
             with storing(self._path):
                 os.fsync(self._file.fileno())
                 if not os.fstat(self._file.fileno()).st_nlink:
                     raise FileNotFoundError("it was removed while the run wrote to it")
+                self._staged.sync()
 
     def close(self) -> None:
         """Close the file."""
@@ -219,6 +172,7 @@ class RowWriter:
         if file is not None:
             with storing(self._path):
                 file.close()
+                self._staged.close()
 
 
 class MetricWriter:
@@ -230,17 +184,18 @@ class MetricWriter:
         tensorboard: bool = True,
         resume_step: int | None = None,
     ):
-        self.workdir = Path(workdir)
-        self._rows = RowWriter(self.workdir / JSONL, resume_step)
+        workdir = as_path(workdir)
+        self._rows = RowWriter(workdir / JSONL, resume_step)
         self._board = None
         if tensorboard and jax.process_index() == 0:
             from tensorboardX import SummaryWriter  # slow to import; not every reader needs it
 
             purge = None if resume_step is None else resume_step + 1
-            folder = self.workdir / "tensorboard"
-            with storing(folder):
+            self._folder = workdir / "tensorboard"
+            with storing(self._folder):
+                self._staged = Staged(self._folder)
                 # A queue with a limit would stop us for ever once its thread cannot write.
-                self._board = SummaryWriter(str(folder), purge_step=purge, max_queue=0)
+                self._board = SummaryWriter(str(self._staged.path), purge_step=purge, max_queue=0)
 
     def __enter__(self) -> MetricWriter:
         return self
@@ -260,16 +215,20 @@ class MetricWriter:
                     self._board.add_scalar(key, value, step)
 
     def sync(self) -> None:
-        """Has the rows on disk."""
+        """Has the rows stored."""
         self._rows.sync()
+        if self._board is not None:
+            with storing(self._folder):
+                self._staged.sync()
 
     def close(self) -> None:
         """Flush and close the files."""
         board, self._board = self._board, None
         self._rows.close()
         if board is not None:
-            with storing(self.workdir / "tensorboard"):
+            with storing(self._folder):
                 board.close()
+                self._staged.close()
 
 
 def _trim(path: Path, resume_step: int | None) -> None:

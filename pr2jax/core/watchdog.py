@@ -15,11 +15,11 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 
 from pr2jax.core import goodput
+from pr2jax.core.store import Staged, as_path, storing
 
 log = logging.getLogger("pr2jax")
 
@@ -42,7 +42,7 @@ class Watchdog:
         least_s: float,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.folder = Path(workdir) / STACKS
+        self.folder = as_path(workdir) / STACKS
         self.factor, self.least_s, self._clock = factor, least_s, clock
         self._seconds: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
         self._steps = 0
@@ -101,11 +101,14 @@ class Watchdog:
             self._tell(step, limit)
 
     def _tell(self, step: int, limit: float) -> None:
-        path = self.folder / f"step_{step}.p{jax.process_index()}.txt"
+        name = f"step_{step}.p{jax.process_index()}.txt"
         activity = goodput.doing() or "a step"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(path, "w", encoding="utf-8") as file:
+            with (
+                storing(self.folder),
+                Staged(self.folder) as staged,
+                open(staged.path / name, "w", encoding="utf-8") as file,
+            ):
                 file.write(f"step {step}, {limit:.3g} s after its begin, during: {activity}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
@@ -114,5 +117,5 @@ class Watchdog:
             return
         log.warning(
             "step %d takes longer than %.3g s (%s is going on); what every thread does: %s",
-            *(step, limit, activity, path),
+            *(step, limit, activity, self.folder / name),
         )

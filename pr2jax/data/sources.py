@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 import numpy as np
 
 from pr2jax.core.config import ConfigError
+from pr2jax.core.fetch import fetched
 from pr2jax.data import corpus
 
 Format = Literal["auto", "text", "jsonl", "parquet", "array_record"]
@@ -105,9 +106,9 @@ def open_source(cfg: SourceConfig) -> Source:
 
 def find_files(path: str) -> list[str]:
     """Files meant by a path, folder or glob, sorted. Raises ConfigError("path: why")."""
-    path = os.path.expanduser(path)
     if not path:
         raise ConfigError("path: which files? (a file, a folder, a glob, or stdlib:)")
+    path = fetched(os.path.expanduser(path))
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):

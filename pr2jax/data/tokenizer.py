@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from pr2jax.core.config import ConfigError
+from pr2jax.core.fetch import fetched
+from pr2jax.core.store import Staged, as_path, is_store
 from pr2jax.data.chat import ChatTemplate, SpelledControls, check_messages
 
 
@@ -269,6 +271,7 @@ def build_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
         return ByteTokenizer()
     if cfg.kind == "char":
         return CharTokenizer(cfg.alphabet)
+    cfg = _fetched(cfg)
     if cfg.kind == "hf":
         return HFTokenizer(cfg.path, cfg.eos, cfg.chat_template)
     return SentencePieceTokenizer(cfg.path)
@@ -282,28 +285,43 @@ _TRAVELS = (
 )
 
 
+def _fetched(cfg: TokenizerConfig) -> TokenizerConfig:
+    """`cfg` reading copies on this machine of what lies in a store."""
+    path = cfg.path
+    if is_store(path) and cfg.kind == "hf":  # a tokenizer's files alone: a model may lie there, too
+        file = path if path.endswith(".json") else f"{path}/tokenizer.json"
+        beside = as_path(file).parent
+        for name in _TRAVELS:
+            if (beside / name).exists():
+                fetched(beside / name)
+        path = fetched(file)
+    template = cfg.chat_template and fetched(cfg.chat_template)
+    return dataclasses.replace(cfg, path=path and fetched(path), chat_template=template)
+
+
 def save_tokenizer(cfg: TokenizerConfig, folder: str | os.PathLike) -> None:
     """Copies the files that `cfg` reads to `folder`, so that a run keeps its tokenizer."""
     if not cfg.path:
         return
+    cfg = _fetched(cfg)
     beside = cfg.path if os.path.isdir(cfg.path) else os.path.dirname(cfg.path)
     files = {name: os.path.join(beside, name) for name in _TRAVELS} if cfg.kind == "hf" else {}
     if not os.path.isdir(cfg.path):
         files["tokenizer.json" if cfg.kind == "hf" else "tokenizer.model"] = cfg.path
     if cfg.chat_template:
         files["chat_template.jinja"] = cfg.chat_template
-    os.makedirs(folder, exist_ok=True)
-    for name, source in files.items():
-        target = os.path.join(folder, name)
-        if os.path.isfile(source) and os.path.abspath(source) != os.path.abspath(target):
-            shutil.copyfile(source, target)
+    with Staged(folder) as staged:
+        for name, source in files.items():
+            target = staged.path / name
+            if os.path.isfile(source) and os.path.abspath(source) != os.path.abspath(target):
+                shutil.copyfile(source, target)
 
 
 def saved_tokenizer(cfg: TokenizerConfig, folder: str | os.PathLike) -> TokenizerConfig:
     """`cfg` reading the copy that `save_tokenizer` left in `folder`; `cfg` where there is none."""
     own = folder if cfg.kind == "hf" else os.path.join(folder, "tokenizer.model")
     there = os.path.join(folder, "tokenizer.json") if cfg.kind == "hf" else own
-    if not cfg.path or not os.path.isfile(there):
+    if not cfg.path or not as_path(there).is_file():
         return cfg
     # Its chat template was copied with it, to where it is found by itself.
     return dataclasses.replace(cfg, path=os.fspath(own), chat_template="")

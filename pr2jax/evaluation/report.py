@@ -9,10 +9,11 @@ import dataclasses
 import html
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pr2jax.core.files import replacing
+from pr2jax.core.store import as_path, storing
 from pr2jax.evaluation.passk import PASS_SCORE, Interval
 from pr2jax.evaluation.runner import Sample
 from pr2jax.evaluation.style import STYLE
@@ -242,14 +243,8 @@ def write_report(
         f'<div class="tiles">{"".join(map(_tile, tiles))}</div><nav>{links}</nav>'
         f"<main>{''.join(body)}</main></body></html>\n"
     )
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".html")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(page)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    path = as_path(path)
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(page.encode())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pr2jax.core.config import ConfigError, from_config_dict
+from pr2jax.core.fetch import fetched
 from pr2jax.sampler.types import SamplingParams
 from pr2jax.tasks.base import CHAT, Problem, TaskConfig
 from pr2jax.tasks.registry import build_task
@@ -110,6 +111,7 @@ class Plan:
 
 def read_suites(path: str) -> dict[str, SuiteConfig]:
     """The suites of a file. Raises ConfigError naming file, suite and key."""
+    path = fetched(path)
     if not Path(path).is_file():
         raise ConfigError(f"evaluation.suites: no file {path}")
     try:
@@ -177,6 +179,7 @@ def _data(name: str, task: str, folder: str) -> tuple[str, str]:
     pattern = task.removeprefix(kind)
     if not folder:
         return "", f"its data {pattern} is looked for in evaluation.data, which is not given"
+    folder = fetched(folder)
     if not Path(folder).is_dir():
         raise ConfigError(f"evaluation.data: no folder {folder}")
     below = Path(folder) / _PUBLISHED

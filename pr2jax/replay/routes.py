@@ -9,13 +9,15 @@ by lengths.
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from jaxtyping import Array, Int
+
+from pr2jax.core.store import as_path, kvstore
 
 
 def route_dtype(num_experts: int) -> np.dtype:
@@ -56,7 +58,7 @@ def to_inputs(values: Array) -> Array:
 
 
 def save_routes(
-    path: str | Path,
+    path: str | os.PathLike,
     routes: Int[np.ndarray, "L B T K"],
     meta: dict[str, Any],
     *,
@@ -75,7 +77,7 @@ def save_routes(
     chunk = [max(layers, 1), min(rows_per_chunk, max(rows, 1)), max(length, 1), top_k]
     spec = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(Path(path).resolve())},
+        "kvstore": kvstore(path),
         "metadata": {
             "shape": list(routes.shape),
             "data_type": routes.dtype.name,
@@ -92,16 +94,16 @@ def save_routes(
     ts.open(spec, create=True, delete_existing=True).result().write(routes).result()
 
 
-def open_routes(path: str | Path) -> tuple[ts.TensorStore, dict[str, Any]]:
+def open_routes(path: str | os.PathLike) -> tuple[ts.TensorStore, dict[str, Any]]:
     """Opens a route log: (array [L, B, T, K], meta).
 
     The array is read lazily: `array[2, 5].read().result()` is layer 2 of row 5.
 
     Raises FileNotFoundError naming the path where there is no log.
     """
-    where = Path(path).resolve()
+    where = as_path(path)
     if not (where / "zarr.json").exists():
         raise FileNotFoundError(f"no route log at {where}")
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(where)}}
+    spec = {"driver": "zarr3", "kvstore": kvstore(path)}
     store = ts.open(spec, open=True, read=True).result()
     return store, json.loads((where / "zarr.json").read_text()).get("attributes", {})

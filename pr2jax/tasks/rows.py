@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pr2jax.core.config import ConfigError
+from pr2jax.core.fetch import fetched
 from pr2jax.data.chat import render_messages
 from pr2jax.tasks import base, draw
 from pr2jax.tasks.base import Problem, TaskConfig
@@ -37,6 +38,7 @@ def read_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | Exception]]:
 
     Raises ConfigError if there is no such file or it is no parquet file.
     """
+    path = fetched(path)
     if not os.path.isfile(path):
         raise ConfigError(f"name: no file {path}")
     if path.endswith(".parquet"):

@@ -12,12 +12,12 @@ import dataclasses
 import importlib.metadata
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pr2jax.core import hlo
 from pr2jax.core.hardware import GB, GIB, Topology
 from pr2jax.core.metrics import write_json
+from pr2jax.core.store import as_path
 from pr2jax.models.flops import active_params, total_params
 from pr2jax.train.shapes import Setup
 
@@ -232,5 +232,5 @@ def text(result: Result) -> str:
 
 def write_report(result: Result, workdir: str | os.PathLike) -> None:
     """Prints `text` and writes workdir/compile.json."""
-    write_json(Path(workdir) / COMPILE_JSON, to_json(result))
+    write_json(as_path(workdir) / COMPILE_JSON, to_json(result))
     print(text(result), flush=True)

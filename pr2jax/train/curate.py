@@ -27,7 +27,8 @@ import numpy as np
 
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import versions
-from pr2jax.core.metrics import remove_leftovers, replacing, write_json, write_summary
+from pr2jax.core.files import remove_leftovers, replacing
+from pr2jax.core.metrics import write_json, write_summary
 from pr2jax.tasks import columns
 from pr2jax.tasks.base import DOMAINS, Problem, domain_of
 from pr2jax.train import curate_stages as stages

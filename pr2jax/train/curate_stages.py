@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from pr2jax.core.config import ConfigError
-from pr2jax.core.metrics import Progress, replacing, write_json
+from pr2jax.core.files import replacing
+from pr2jax.core.metrics import Progress, write_json
 from pr2jax.tasks import columns, dedup, filters
 from pr2jax.tasks.base import TaskConfig, domain_of
 from pr2jax.tasks.contamination import Item, Leaks

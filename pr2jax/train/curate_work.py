@@ -23,7 +23,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt64
 
 from pr2jax.core.config import ConfigError
-from pr2jax.core.metrics import Progress, replacing, write_json
+from pr2jax.core.files import replacing
+from pr2jax.core.metrics import Progress, write_json
 from pr2jax.tasks.rows import read_rows
 
 log = logging.getLogger("pr2jax")

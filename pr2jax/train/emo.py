@@ -13,11 +13,11 @@ import functools
 import json
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from pr2jax.core import hosts
 from pr2jax.core.checkpoint import Checkpointer
@@ -174,12 +174,12 @@ def folder(phase: Phase) -> str:
     return f"stage_{phase.index}"
 
 
-def last_folder(cfg: Config, workdir: Path) -> Path:
+def last_folder(cfg: Config, workdir: epath.Path) -> epath.Path:
     """Of the last phase: the one with the whole pool."""
     return workdir / folder(phases_of(cfg)[-1])
 
 
-def _begun(workdir: Path) -> bool:
+def _begun(workdir: epath.Path) -> bool:
     """Whether a phase has a checkpoint."""
     path = workdir / CHECKPOINTS
     if not path.is_dir():
@@ -272,7 +272,7 @@ def train(trainers: Trainers, params, profile_steps: int = 0) -> tuple[PretrainT
     return trainer, outcome
 
 
-def rows(workdir: Path, phases: list[Phase]) -> list[dict[str, Any]]:
+def rows(workdir: epath.Path, phases: list[Phase]) -> list[dict[str, Any]]:
     """metrics.jsonl of every phase, one after another, `experts` added."""
     found = []
     for phase in phases:
@@ -288,7 +288,7 @@ def seconds_per_token(rows: list[dict[str, Any]]) -> float:
     return float(np.median([1.0 / row["tokens_per_second"] for row in rows[2:] or rows]))
 
 
-def measured_saving(workdir: Path, phases: list[Phase]) -> float | None:
+def measured_saving(workdir: epath.Path, phases: list[Phase]) -> float | None:
     """`predicted_saving` with the median step of each phase as it was (None: a phase of fewer than
     three steps)."""
     found = [
@@ -301,7 +301,7 @@ def measured_saving(workdir: Path, phases: list[Phase]) -> float | None:
     return 1.0 - spent / (phases[-1].stop * medians[-1])
 
 
-def events(workdir: Path, phases: list[Phase]) -> list[dict[str, Any]]:
+def events(workdir: epath.Path, phases: list[Phase]) -> list[dict[str, Any]]:
     """What every growth and unmasking did, `recovery_steps` among it: steps until the mean
     training loss of RECOVERY_WINDOW steps is back at that of the last ones before (None: never)."""
     losses = {row["step"]: row["loss"] for row in rows(workdir, phases) if "loss" in row}
@@ -319,7 +319,7 @@ def events(workdir: Path, phases: list[Phase]) -> list[dict[str, Any]]:
     return found
 
 
-def outcome(workdir: Path, phases: list[Phase]) -> dict[str, Any]:
+def outcome(workdir: epath.Path, phases: list[Phase]) -> dict[str, Any]:
     """What the run's files tell of it: `measured_saving`, and `growth` (events)."""
     return {
         "measured_saving": measured_saving(workdir, phases),

@@ -14,7 +14,6 @@ import functools
 import logging
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from pr2jax.core.hardware import GB, GIB, Chip, local_chip, parse_topology
 from pr2jax.core.metrics import write_json
 from pr2jax.core.params import map_with_path
 from pr2jax.core.sharding import batch_shards, mesh_sizes, param_shardings
+from pr2jax.core.store import as_path
 from pr2jax.models.attention import resolve_impl
 from pr2jax.models.config import BlockSpec, ModelConfig, block_specs
 from pr2jax.models.transformer import product_params
@@ -248,6 +248,6 @@ def run_estimate(cfg: Config, workdir: str | os.PathLike, topology: str | None) 
     log.info("compute dtype: %s", reason)
     found = estimate(cfg, chip, chips, dtype)
     extra = {"need_bytes": found.need, "verdict": found.verdict}
-    write_json(Path(workdir) / ESTIMATE_JSON, dataclasses.asdict(found) | extra)
+    write_json(as_path(workdir) / ESTIMATE_JSON, dataclasses.asdict(found) | extra)
     print(found.text(), flush=True)
     return found.need <= chip.memory

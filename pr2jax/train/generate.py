@@ -8,6 +8,8 @@ import logging
 from pathlib import Path
 
 from pr2jax.core.config import ConfigError
+from pr2jax.core.fetch import fetched
+from pr2jax.core.store import Staged
 from pr2jax.tasks.base import Problem
 from pr2jax.tasks.registry import build_task
 from pr2jax.train.config import Config
@@ -22,7 +24,7 @@ def _prompts(session: Session) -> list[Problem]:
     generate = session.cfg.generate
     if generate.task is not None:
         return build_task(generate.task).held_out
-    path = Path(generate.prompts)
+    path = Path(fetched(generate.prompts))
     if not path.is_file():
         raise ConfigError(f"generate.prompts: no file {path}")
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -44,11 +46,16 @@ def run_generate(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
         cfg = session.cfg
         problems = _prompts(session)
         params = session.initial_params()
-        path = Path(workdir) / cfg.generate.output
-        with open(path, "w", encoding="utf-8") as file:
+        path = session.workdir / cfg.generate.output
+        with (
+            Staged(path.parent) as staged,
+            open(staged.path / path.name, "w", encoding="utf-8") as file,
+        ):
             for start in range(0, len(problems), _BATCH):
                 for row in _sample(session, params, problems[start : start + _BATCH], start):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                staged.sync_now_and_then()
                 done = min(start + _BATCH, len(problems))
                 log.info("%d of %d prompts sampled", done, len(problems))
         log.info("samples in %s", path)

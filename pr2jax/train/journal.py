@@ -19,19 +19,20 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from pr2jax.core import hosts
 from pr2jax.core.config import from_config_dict
+from pr2jax.core.files import remove_leftovers, replacing
 from pr2jax.core.hosts import EveryHost, Global, OwnHost
-from pr2jax.core.metrics import remove_leftovers, replacing
 from pr2jax.core.sharding import batch_sharding
+from pr2jax.core.store import as_path
 from pr2jax.models.predictor import RouterFeatures
 from pr2jax.sampler.types import Rollout, SamplingParams
 
@@ -62,7 +63,7 @@ class Journal:
     """
 
     def __init__(self, folder: str | os.PathLike, run: str):
-        self.folder, self.run = Path(folder), run
+        self.folder, self.run = as_path(folder), run
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in remove_leftovers(self.folder):
             log.info("journal: %s was not finished; removed", name)
@@ -82,14 +83,15 @@ class Journal:
             file.write(_digest(parts))
             for part in parts:
                 file.write(part)
-        return path.stat().st_size
+        return path.stat().length
 
     def read(self, step: int, part: int = 0) -> Entry | None:
         """(arrays, meta) of a part of `step` to the bit; None where none can be used."""
         path = self._path(step, part)
-        if not path.exists():
+        try:
+            whole = np.frombuffer(path.read_bytes(), np.uint8)
+        except FileNotFoundError:
             return None
-        whole = np.fromfile(path, np.uint8)
         if whole[:_DIGEST].tobytes() != _digest([whole[_DIGEST:].data]):
             self.drop(step, "is damaged")
             return None
@@ -118,6 +120,8 @@ class Journal:
 
     def steps(self) -> list[int]:
         """Positions that there are entries of, ascending."""
+        if not self.folder.is_dir():  # a store has no empty folders
+            return []
         found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(name[1]) for name in found if name and int(name[2]) == 0)
 
@@ -133,9 +137,9 @@ class Journal:
 
     def size_of(self, step: int) -> int:
         """Bytes of what process 0 wrote of `step`."""
-        return self._path(step).stat().st_size
+        return self._path(step).stat().length
 
-    def _path(self, step: int, part: int = 0) -> Path:
+    def _path(self, step: int, part: int = 0) -> epath.Path:
         return self.folder / f"step_{step:06d}.p{part}.batch"
 
 

@@ -21,17 +21,19 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
+from etils import epath
 from jax.experimental import multihost_utils
 
 from pr2jax.core import goodput, hosts
 from pr2jax.core.checkpoint import Checkpointer
 from pr2jax.core.device import CompilationCounter, profile
-from pr2jax.core.metrics import MetricWriter, Progress, RowWriter, reduce, remove_leftovers
+from pr2jax.core.files import remove_leftovers
+from pr2jax.core.metrics import MetricWriter, Progress, RowWriter, reduce
 from pr2jax.core.state import TrainState
+from pr2jax.core.store import as_path
 from pr2jax.core.watchdog import Watchdog
 from pr2jax.train.config import LoopConfig
 
@@ -98,7 +100,7 @@ class Filtering(Protocol):
 class Journalling(Protocol):
     """A trainer whose batches cost much: it keeps them on disk until they are learned from."""
 
-    def open_journal(self, workdir: Path) -> None:
+    def open_journal(self, workdir: epath.Path) -> None:
         """Keeps them in a folder of `workdir` from here on, and takes what is there."""
         ...
 
@@ -179,9 +181,7 @@ class _Run:
 
     def __init__(self, trainer, state, workdir, options, config, best, compilations, start):
         self.trainer, self.state, self.options, self.config = trainer, state, options, config
-        self.checkpoints = Checkpointer(
-            os.path.join(workdir, CHECKPOINTS), keep=options.keep, **best
-        )
+        self.checkpoints = Checkpointer(workdir / CHECKPOINTS, keep=options.keep, **best)
         self.index, self.seconds = start, 0.0
         remove_leftovers(workdir)
         # Without a checkpoint the row of the start is written again, too.
@@ -189,10 +189,10 @@ class _Run:
         self.writer = MetricWriter(workdir, tensorboard=options.tensorboard, resume_step=kept)
         self.ledger = None
         if isinstance(trainer, Accountable):
-            self.ledger = RowWriter(os.path.join(workdir, LEDGER), resume_step=kept)
+            self.ledger = RowWriter(workdir / LEDGER, resume_step=kept)
         self.journal = options.journal and isinstance(trainer, Journalling)
         if self.journal:
-            trainer.open_journal(Path(workdir))
+            trainer.open_journal(workdir)
         self.compilations = compilations
         self.pending: list[tuple[int, dict[str, Any]]] = []
         self.last_eval: dict[str, float] = {}
@@ -308,7 +308,7 @@ def run(
       StorageError: a file in the workdir cannot be written.
       CheckpointError: no checkpoint is whole, or it is of another model, or cannot be saved.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     with CompilationCounter() as compilations, StopRequest() as stop:
         best = {"best_metric": best_metric, "best_mode": best_mode}
         work = _Run(trainer, state, workdir, options, config, best, compilations, start)
@@ -338,7 +338,12 @@ def run(
 
 
 def _loop(
-    work: _Run, stop: StopRequest, dog: Watchdog, max_seconds, profile_steps: int, workdir: Path
+    work: _Run,
+    stop: StopRequest,
+    dog: Watchdog,
+    max_seconds: float | None,
+    profile_steps: int,
+    workdir: epath.Path,
 ) -> None:
     trainer, options = work.trainer, work.options
     limit = float("inf") if max_seconds is None else max_seconds

@@ -12,18 +12,19 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from pr2jax.core import goodput, hosts
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import versions
 from pr2jax.core.metrics import write_json, write_summary
 from pr2jax.core.optim import learning_rate
+from pr2jax.core.store import as_path
 from pr2jax.evaluation.passk import PASS_SCORE, Interval, paired_interval
 from pr2jax.tasks.base import Problem, Task
 from pr2jax.tasks.registry import build_task
@@ -73,7 +74,7 @@ def _evaluation(
     return figures
 
 
-def _known(path: Path, of: dict[str, Any]) -> dict[str, Any] | None:
+def _known(path: epath.Path, of: dict[str, Any]) -> dict[str, Any] | None:
     """What the file holds where it is of `of`: on all hosts what it is on process 0."""
     found = None
     if hosts.first() and path.exists():
@@ -314,7 +315,7 @@ def run_pretrain_sft_rl(cfg: Config, workdir: str, profile_steps: int = 0) -> No
     The predictor that growth carried along is the one that RL trains. Each part has its own
     summary and report; the last one's lie in WORKDIR.
     """
-    folder = Path(workdir) / "pretrain"
+    folder = as_path(workdir) / "pretrain"
     first, _ = cfg.parts("")
     run_pretrain(first, str(folder), profile_steps)
     last = emo.last_folder(cfg, folder) if cfg.emo.experts else folder

@@ -19,7 +19,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pr2jax.core.config import ConfigError, from_config_dict
+from pr2jax.core.fetch import fetched
 from pr2jax.core.metrics import write_json, write_summary
+from pr2jax.core.store import as_path
 from pr2jax.rl.types import RLConfig
 from pr2jax.scaling.sampling_law import (
     BASE_BATCH,
@@ -84,7 +86,7 @@ def published(plan: PlanConfig) -> Source:
 
 def own(plan: PlanConfig) -> Source:
     """The law of `plan.fit`. Raises ConfigError("plan.fit: ...")."""
-    path = Path(plan.fit)
+    path = Path(fetched(plan.fit))
     path = path / LAW if path.is_dir() else path
     found = _read(path, "plan.fit")
     try:
@@ -237,7 +239,7 @@ def run_plan(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
     if profile_steps:
         raise ConfigError("--profile: only for modes that train")
     plan = make(cfg)
-    path = Path(workdir) / PLAN
+    path = as_path(workdir) / PLAN
     write_json(path, plan)
     write_summary(workdir, {"mode": cfg.mode, "plan": plan, "config": dataclasses.asdict(cfg)})
     print(f"{table(plan)}\n  a GRPO run takes it: --config.rl_plan={path}", flush=True)
@@ -262,7 +264,7 @@ def configure(values: ConfigDict | Mapping[str, Any], given: Mapping[str, Any]) 
         raise ConfigError(f"rl_plan: mode {values['mode']!r} has no RL to plan")
     if rl.get("dynamic_sampling", default.dynamic_sampling):
         raise ConfigError("rl.dynamic_sampling: draws rollouts that rl_plan's C does not count")
-    path = Path(values["rl_plan"])
+    path = Path(fetched(values["rl_plan"]))
     path = path / PLAN if path.is_dir() else path
     micro_batch = rl.get("micro_batch", default.micro_batch)
     planned = _settings(_read(path, "rl_plan"), path, micro_batch)

@@ -18,7 +18,8 @@ import numpy as np
 
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import versions
-from pr2jax.core.metrics import replacing, write_json, write_summary
+from pr2jax.core.files import replacing
+from pr2jax.core.metrics import write_json, write_summary
 from pr2jax.evaluation.passk import PASS_SCORE, bootstrap_interval
 from pr2jax.evaluation.runner import score_rollout
 from pr2jax.tasks.base import Problem, Task

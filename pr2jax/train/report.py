@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from pr2jax.core.metrics import read_jsonl
 from pr2jax.core.plots import curve, heatmap
@@ -27,7 +27,7 @@ Evaluation = Mapping[str, Any]
 _REPORT = "report.html"
 
 
-def training_rows(folder: Path) -> list[dict[str, Any]]:
+def training_rows(folder: epath.Path) -> list[dict[str, Any]]:
     """metrics.jsonl of a stage; empty where there is none."""
     return read_jsonl(folder) if (folder / "metrics.jsonl").exists() else []
 

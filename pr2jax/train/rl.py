@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from pr2jax.core import goodput, hosts
 from pr2jax.core.metrics import merge
@@ -206,7 +206,7 @@ class RLTrainer:
         """Ids of those that its dynamic sampling passed over."""
         return self.source.filtered(index)
 
-    def open_journal(self, workdir: Path) -> None:
+    def open_journal(self, workdir: epath.Path) -> None:
         """Batches are in `workdir`/journal from here on, before they are learned from."""
         self.source.open_journal(workdir)
 

@@ -19,11 +19,11 @@ import hashlib
 import json
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Bool, Float
 
 from pr2jax.core import goodput, hosts
@@ -276,7 +276,7 @@ class RolloutSource:
 
     # -------------------------------------------------------------- resuming
 
-    def open_journal(self, workdir: Path) -> None:
+    def open_journal(self, workdir: epath.Path) -> None:
         """Journals to `workdir`/journal from here on, and looks there first. The next state that
         `gather` is given must be exactly that of its position: a checkpoint's, or the first."""
         self.journal = Journal(workdir / JOURNAL, self._run_name())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
 
@@ -29,6 +30,7 @@ from pr2jax.core.params import (
     map_with_path,
 )
 from pr2jax.core.sharding import BATCH_AXES, batch_shards, make_mesh, param_shardings
+from pr2jax.core.store import as_path
 from pr2jax.data.tokenizer import (
     Tokenizer,
     TokenizerConfig,
@@ -64,7 +66,7 @@ class Session:
     """A run's fixed surroundings. `mesh` is None on one device."""
 
     cfg: Config
-    workdir: Path
+    workdir: epath.Path
     tokenizer: Tokenizer
     mesh: Mesh | None
     dtype: Any
@@ -276,7 +278,7 @@ class Session:
 
 def checkpoint_folder(path: str | os.PathLike) -> str:
     """The folder of checkpoints meant by `path`: a workdir, its last stage's, or the folder."""
-    for candidate in (Path(path) / CHECKPOINTS, Path(path) / "rl" / CHECKPOINTS):
+    for candidate in (as_path(path) / CHECKPOINTS, as_path(path) / "rl" / CHECKPOINTS):
         if candidate.is_dir():
             return str(candidate)
     return str(path)
@@ -301,7 +303,7 @@ def _saved(folder: str) -> tuple[ModelConfig, TokenizerConfig]:
 
 def _travelled(tokenizer: TokenizerConfig, folder: str) -> TokenizerConfig:
     """`tokenizer` reading the copy that the run whose checkpoints are in `folder` kept."""
-    for workdir in Path(folder).parents[:2]:  # a stage's checkpoints lie one deeper
+    for workdir in as_path(folder).parents[:2]:  # a stage's checkpoints lie one deeper
         own = saved_tokenizer(tokenizer, workdir / _TOKENIZER)
         if own != tokenizer:
             return own
@@ -347,7 +349,7 @@ def like_checkpoint(cfg: Config) -> Config:
     return found
 
 
-def _check_shared(workdir: Path) -> None:
+def _check_shared(workdir: epath.Path) -> None:
     """Raises ConfigError where the hosts' `workdir` is not one and the same folder."""
     if not hosts.several():
         return
@@ -404,7 +406,7 @@ def open_session(
     dtype, reason = resolve_dtype(cfg.compute_dtype)
     specs = param_specs(cfg.model)
     shardings = None if mesh is None else param_shardings(specs, mesh)
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     with hosts.together(f"opening {workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         wall = workdir / _WALL

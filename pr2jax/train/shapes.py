@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from pr2jax.core.optim import OptimConfig, build_optimizer
 from pr2jax.core.params import Tree, abstract_params
 from pr2jax.core.sharding import param_shardings, replicated, row_sharding
 from pr2jax.core.state import TrainState, abstract_state
+from pr2jax.core.store import as_path
 from pr2jax.data.packing import PackedRows
 from pr2jax.data.tokenizer import build_tokenizer
 from pr2jax.models.config import num_moe_layers
@@ -59,7 +59,7 @@ def resolved(cfg: Config) -> Config:
     """`cfg` with its model as the run would have it: of `init_from` where that is on this
     machine, else as configured; vocabulary included. Raises what a run's start raises."""
     if cfg.init_from:
-        here = cfg.init_from.startswith(gguf.PACKAGE) or Path(cfg.init_from).exists()
+        here = cfg.init_from.startswith(gguf.PACKAGE) or as_path(cfg.init_from).exists()
         if here:
             cfg = like_checkpoint(cfg)
         else:

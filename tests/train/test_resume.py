@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from pr2jax.core.checkpoint import Checkpointer, CheckpointError, read_arrays
-from pr2jax.core.metrics import MetricWriter, read_jsonl, remove_leftovers
+from pr2jax.core.files import remove_leftovers
+from pr2jax.core.metrics import MetricWriter, read_jsonl
 from pr2jax.data.packing import BatchOrder
 from pr2jax.tasks.base import Verdict
 from pr2jax.tasks.registry import build_task

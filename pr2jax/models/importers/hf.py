@@ -27,7 +27,9 @@ from flax import traverse_util
 
 from pr2jax.core.checkpoint import CheckpointError, read_checkpoint, restore_params
 from pr2jax.core.config import ConfigError, from_config_dict
+from pr2jax.core.fetch import fetched
 from pr2jax.core.params import abstract_params
+from pr2jax.core.store import as_path, is_store
 from pr2jax.models.config import ModelConfig
 from pr2jax.models.importers import files, gguf, store
 from pr2jax.models.importers.export import DROPPABLE, MAX_SHARD_BYTES, export_checkpoint
@@ -110,12 +112,16 @@ def import_checkpoint(
 def resolve(name: str | os.PathLike) -> str:
     """What `load_params` reads for `name`: a folder as it is; of a .gguf file, or of
     `package:NAME`, the imported folder in the user's cache, made once for each file's content.
+    Of what was published (not of a run's checkpoints) in a store: its copy in the user's cache.
 
     Raises:
       CheckpointFormatError: no such package, or not one .gguf file in it; what
         `import_checkpoint` raises.
+      StorageError: a store cannot be read.
     """
     name = str(name)
+    if is_store(name) and (gguf.is_gguf(name) or is_published(name)):
+        name = fetched(name)
     file = gguf.package_file(name) if name.startswith(gguf.PACKAGE) else Path(name)
     if not gguf.is_gguf(file):
         return name
@@ -129,7 +135,7 @@ def resolve(name: str | os.PathLike) -> str:
 
 def is_published(directory: str | os.PathLike) -> bool:
     """Whether `directory` is what `load_params` reads: a Hugging Face folder or an imported one."""
-    directory = Path(directory)
+    directory = as_path(directory)
     return any((directory / n).is_file() for n in (store.MANIFEST, INDEX, SINGLE))
 
 
