@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -42,8 +43,9 @@ class Store:
         self.buckets: dict[str, dict[str, Object]] = {BUCKET: {}}
         self.requests: list[tuple[str, str]] = []
         self.fault: Callable[[str, str], int | None] = lambda method, path: None
-        self._lock, self._count = threading.Lock(), 0
-        self._uploads: dict[str, tuple[str, str, bytearray]] = {}
+        self.lock, self._count = threading.Lock(), 0
+        self.tokens = itertools.count()
+        self.uploads: dict[str, tuple[str, str, bytearray]] = {}
         handler = type("Handler", (_Handler,), {"store": self})
         self._server = ThreadingHTTPServer(("localhost", 0), handler)
         self._server.daemon_threads = True
@@ -62,13 +64,13 @@ class Store:
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of the bucket's objects below a prefix, which is left out."""
-        with self._lock:
+        with self.lock:
             found = [n for n in self.buckets.get(BUCKET, {}) if n.startswith(prefix)]
         return sorted(name.removeprefix(prefix) for name in found)
 
     def put(self, bucket: str, name: str, data: bytes) -> Object:
         """Stores a new version."""
-        with self._lock:
+        with self.lock:
             self._count += 1
             at = f"2026-01-01T{self._count // 3600 % 24:02d}:{self._count // 60 % 60:02d}:"
             at += f"{self._count % 60:02d}.000Z"
@@ -171,10 +173,16 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, data, **headers)
 
     def _list(self, bucket: str, query, body) -> None:
+        known = {"prefix", "delimiter", "startOffset", "endOffset", "maxResults", "projection"}
+        if unknown := query.keys() - known - {"fields", "alt", "prettyPrint", "versions"}:
+            return self._answer(501, {"error": {"code": 501, "message": f"list by {unknown}"}})
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
+        start, end = query.get("startOffset", ""), query.get("endOffset")
         items, prefixes = [], set()
-        for name, found in sorted(self.store.buckets[bucket].items()):
-            if not name.startswith(prefix):
+        with self.store.lock:
+            objects = sorted(self.store.buckets[bucket].items())
+        for name, found in objects:
+            if not name.startswith(prefix) or name < start or (end and name >= end):
                 continue
             rest = name[len(prefix) :]
             if delimiter and delimiter in rest:
@@ -201,8 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
             split = re.search(rb"\r?\n\r?\n", second).end()
             body = second[split:].removesuffix(b"\n").removesuffix(b"\r")
         if kind == "resumable":
-            token = str(len(self.store._uploads))
-            self.store._uploads[token] = (bucket, name, bytearray())
+            token = str(next(self.store.tokens))
+            self.store.uploads[token] = (bucket, name, bytearray())
             where = f"{self.store.address}/upload/storage/v1/b/{bucket}/o?upload_id={token}"
             return self._answer(200, {}, Location=where)
         if "upload_id" in query:
@@ -212,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, self._resource(bucket, name, made))
 
     def _resume(self, bucket: str, query, body) -> None:
-        bucket, name, held = self.store._uploads[query["upload_id"]]
+        bucket, name, held = self.store.uploads[query["upload_id"]]
         held += body
         total = (self.headers.get("Content-Range") or "/").rpartition("/")[2]
         if total == "*":
@@ -228,7 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _delete(self, bucket: str, name: str, query, body) -> None:
         if self._find(bucket, name) is not None and self._conditions(bucket, name, query):
-            self.store.buckets[bucket].pop(name, None)
+            with self.store.lock:
+                self.store.buckets[bucket].pop(name, None)
             self._answer(204)
 
 

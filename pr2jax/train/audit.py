@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from pr2jax.core.checkpoint import read_arrays, read_checkpoint
 from pr2jax.core.config import from_config_dict
+from pr2jax.core.manifest import COMMITTED
+from pr2jax.core.store import as_path, is_store
 from pr2jax.data.packing import BatchOrder
 from pr2jax.data.tokenizer import build_tokenizer
 from pr2jax.tasks.registry import build_task
@@ -22,7 +27,7 @@ TIMED_PREFIXES = ("time/", "journal/")
 BY_THE_CLOCK = "sft_continued"
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
+def rows(path: epath.Path | Path) -> list[dict[str, Any]]:
     """All lines of a JSONL file, repeated steps included. Raises ValueError for a torn one."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -31,8 +36,9 @@ def _figures(row: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in row.items() if k not in TIMED and not k.startswith(TIMED_PREFIXES)}
 
 
-def compare_stage(whole: Path, killed: Path) -> list[str]:
+def compare_stage(whole: str | os.PathLike, killed: str | os.PathLike) -> list[str]:
     """What differs between two stages' folders, a line each."""
+    whole, killed = as_path(whole), as_path(killed)
     (step, a), (other, b) = (read_arrays(p / "checkpoints") for p in (whole, killed))
     if step != other:
         return [f"the last checkpoint is of step {other}, not {step}"]
@@ -54,9 +60,17 @@ def compare_stage(whole: Path, killed: Path) -> list[str]:
         for x, y in zip(map(_figures, one), map(_figures, two), strict=True):
             keys = [k for k in sorted(x.keys() | y.keys()) if x.get(k) != y.get(k)]
             found += [f"{name}, step {x['step']}: {k} differs" for k in keys[:3]]
-    left = [p.name for p in killed.rglob("*") if "orbax-checkpoint-tmp" in p.name]
-    left += [p.name for p in killed.glob(".*")] + [p.name for p in killed.glob("journal/.*")]
-    return found + [f"{name} was left behind" for name in left]
+    return found + [f"{name} was left behind" for name in _left_behind(killed)]
+
+
+def _left_behind(folder: epath.Path) -> list[str]:
+    """Names of what killed processes began to write: parts of checkpoints, files without a name."""
+    if is_store(folder):
+        steps = [p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
+        return [p.name for p in steps if not (p / COMMITTED).exists()]
+    folder = Path(folder)
+    left = [p.name for p in folder.rglob("*") if "orbax-checkpoint-tmp" in p.name]
+    return left + [p.name for p in folder.glob(".*")] + [p.name for p in folder.glob("journal/.*")]
 
 
 def updates(stage: Path) -> int:
