@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+from contextlib import nullcontext
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -15,8 +16,9 @@ from pr2jax.core import goodput, hosts, xla_flags
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import reuse_freed_memory, setup_compilation_cache
 from pr2jax.core.files import check_writable, remove_leftovers
+from pr2jax.core.mirror import Mirror
 from pr2jax.core.peers import Peers
-from pr2jax.core.store import StorageError, local
+from pr2jax.core.store import StorageError, is_store
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -83,9 +85,9 @@ def run(config, workdir: str, profile_steps: int = 0) -> None:
     alone = ("generate", "eval", "curate", "study", "difficulty", "plan")
     if hosts.several() and config.mode in alone:
         raise ConfigError(f"mode: {config.mode!r} runs in one process, here are several")
-    if config.mode in ("eval", "curate", "study", "difficulty"):
-        local(workdir, f"mode {config.mode!r}")
-    modes[config.mode](config, workdir, profile_steps)
+    of_files = config.mode in ("eval", "curate", "study", "difficulty")
+    with Mirror(workdir) if of_files and is_store(workdir) else nullcontext(workdir) as folder:
+        modes[config.mode](config, os.fspath(folder), profile_steps)
 
 
 def check_memory(config, workdir: str) -> bool:

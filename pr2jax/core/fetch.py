@@ -28,23 +28,29 @@ def fetched(path: str | os.PathLike) -> str:
     if not is_store(path):
         return os.fspath(path)
     base, pattern = _split(os.fspath(path))
+    target = user_cache("stores", os.fspath(base).partition("://")[2])
+    if not fetch_all(base, target, pattern):
+        raise StorageError(f"{os.fspath(path)}: there is no such object")
+    return os.fspath(target / pattern)
+
+
+def fetch_all(base: epath.Path, target: Path, pattern: str = "") -> int:
+    """Copies an object, or those below a folder (that `pattern` means), unless they are there
+    already; how many there are. Raises StorageError."""
     try:
         found = _objects(base)
     except StorageError:
         raise
     except Exception as error:  # whatever the store's library raises
-        raise StorageError(f"{os.fspath(path)}: cannot be read: {error}") from error
+        raise StorageError(f"{base}: cannot be read: {error}") from error
     if pattern:
         found = {name: file for name, file in found.items() if _matches(name, pattern)}
-    if not found:
-        raise StorageError(f"{os.fspath(path)}: there is no such object")
-    target = user_cache("stores", os.fspath(base).partition("://")[2])
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes = list(pool.map(lambda name: _fetch(found[name], target / name), found))
-    if sum(sizes):
+    if any(sizes):
         count = sum(size > 0 for size in sizes)
-        log.info("%s: %d files, %.1f MB, copied to %s", path, count, sum(sizes) / 1e6, target)
-    return os.fspath(target / pattern)
+        log.info("%s: %d files, %.1f MB, copied to %s", base, count, sum(sizes) / 1e6, target)
+    return len(found)
 
 
 def _split(path: str) -> tuple[epath.Path, str]:

@@ -117,7 +117,7 @@ class Staged:
                 state = path.stat()
                 version = (state.st_size, state.st_mtime_ns)
                 if self._uploaded.get(path) != version:
-                    _upload(path, self.folder / path.relative_to(self.path).as_posix())
+                    upload(path, self.folder / path.relative_to(self.path).as_posix())
                     self._uploaded[path] = version
         self._synced = time.monotonic()
 
@@ -162,6 +162,7 @@ def kvstore(path: str | os.PathLike) -> dict[str, str]:
     return {"driver": "file", "path": os.path.abspath(where) + "/"}
 
 
-def _upload(source: Path, target: epath.Path) -> None:
+def upload(source: Path, target: epath.Path) -> None:
+    """Copies a file of this machine to `target`, over what is there. Raises StorageError."""
     with storing(target), open(source, "rb") as file, target.open("wb") as out:
         shutil.copyfileobj(file, out, 1 << 20)

@@ -17,6 +17,7 @@ from pr2jax.core.device import profile, setup_compilation_cache
 from pr2jax.core.fetch import fetched
 from pr2jax.core.files import check_writable, remove_leftovers, replacing
 from pr2jax.core.metrics import MetricWriter, RowWriter, read_jsonl, write_json, write_summary
+from pr2jax.core.mirror import Mirror
 from pr2jax.core.store import Staged, StorageError, as_path, is_store, kvstore, local
 from pr2jax.core.watchdog import Watchdog
 from pr2jax.replay.routes import open_routes, save_routes
@@ -360,3 +361,59 @@ def test_a_copy_that_cannot_be_made_is_told(store, cache):
     cache.write_text("in the way")
     with pytest.raises(StorageError, match="^gs://bucket/data/a: cannot be copied to"):
         fetched("gs://bucket/data/a")
+
+
+def test_a_mirror_is_the_stores_and_goes_back_there(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("kept", "changed", "below/gone"):
+        store.put("bucket", f"runs/one/{name}", name.encode())
+    before = store.buckets["bucket"]["runs/one/kept"].generation
+    with Mirror(RUN, every_s=0.1) as folder:
+        assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
+            *("kept", "changed", "below/gone")
+        }
+        (folder / "changed").write_text("longer")
+        for _ in range(200):
+            if _text(store, "changed") == "longer":
+                break
+            time.sleep(0.05)
+        assert _text(store, "changed") == "longer"  # while it runs
+        (folder / "below" / "gone").unlink()
+        (folder / "new").write_text("new")
+        (folder / ".new.77").write_text("not whole yet")
+    assert store.names("runs/one/") == ["changed", "kept", "new"]
+    assert store.buckets["bucket"]["runs/one/kept"].generation == before
+    (folder / "new").write_text("never uploaded")
+    with Mirror(RUN) as again:
+        assert again == folder
+        assert (folder / "new").read_text() == "new"
+
+
+def test_a_mirror_whose_store_is_gone(store, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    mirror = Mirror(RUN, every_s=0.05)
+    with mirror as folder:
+        (folder / "a").write_text("a")
+        mirror.sync()
+        kept = store.buckets.pop("bucket")
+        (folder / "b").write_text("b")
+        for _ in range(200):
+            if "trying again in" in caplog.text:
+                break
+            time.sleep(0.05)
+        assert f"{RUN}/b: cannot be written: there is no such bucket" in caplog.text
+        store.buckets["bucket"] = kept
+    assert store.names("runs/one/") == ["a", "b"]
+
+    def lost(error=None):
+        with Mirror(RUN) as folder:
+            (folder / "c").write_text("c")
+            store.buckets.clear()
+            if error is not None:
+                raise error
+
+    with pytest.raises(StorageError, match="no such bucket"):
+        lost()
+    store.buckets["bucket"] = {}
+    with pytest.raises(ValueError, match="^mine$"):
+        lost(ValueError("mine"))

@@ -4,26 +4,29 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pr2jax.core.metrics import read_jsonl
-from pr2jax.core.store import StorageError, as_path
+from pr2jax.core.store import as_path
 from pr2jax.main import run
 from pr2jax.replay.routes import open_routes
+from pr2jax.sampler.engine import Sampler
 from pr2jax.sampler.types import SamplingParams
 from pr2jax.train.audit import compare_stage
 from pr2jax.train.loop import Interrupted, StopRequest
 from pr2jax.train.study_config import GenerateConfig
 from tests.train import tiny
 from tests.train.test_emo import config as growing
+from tests.train.test_evaluate import config as evaluation
+from tests.train.test_evaluate import saved_run as evaluation_run
 from tests.train.test_pretrain import folder  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,10 +95,18 @@ def test_growth_in_a_store(folder, tmp_path, store):  # noqa: F811
     assert as_path(STORE + "/report.html").exists()
 
 
-@pytest.mark.parametrize("mode", ["eval", "curate", "study", "difficulty"])
-def test_modes_that_work_with_files_say_so(mode):
-    with pytest.raises(StorageError, match=f"^{STORE}: mode '{mode}' needs a folder of this"):
-        run(types.SimpleNamespace(mode=mode), STORE)
+def test_an_evaluation_in_a_store(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cfg = evaluation("random:3", evaluation_run(as_path("gs://bucket/runs/seven")))
+    run(cfg, STORE)
+    names = store.names("runs/one/")
+    assert {"summary.json", "report.html", "cells/random_3/sums.jsonl"} <= set(names)
+    first = {n: store.buckets["bucket"]["runs/one/" + n].generation for n in names}
+    shutil.rmtree(tmp_path / "pr2jax" / "workdirs")  # another machine
+    monkeypatch.setattr(Sampler, "generate", None)  # all samples are there
+    run(cfg, STORE)
+    again = store.buckets["bucket"]["runs/one/cells/random_3/sums.jsonl"]
+    assert again.generation == first["cells/random_3/sums.jsonl"]
 
 
 CONFIG = """

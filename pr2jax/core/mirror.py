@@ -1,0 +1,95 @@
+"""A workdir in a store for what works with files in many places: a copy on this machine.
+
+Jobs that append to files all over, lock them, or start processes of their own (studies, curation,
+evaluation) run in a folder of the user's cache, always the same one for an address. It is made anew
+out of the store at the start, and goes there once a minute and at the end: the store is what
+counts, and a job whose machine vanishes goes on from its last minute.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+from pathlib import Path
+
+from pr2jax.core.fetch import fetch_all
+from pr2jax.core.files import user_cache
+from pr2jax.core.store import StorageError, as_path, storing, upload
+
+log = logging.getLogger("pr2jax")
+
+EVERY_S = 60.0
+
+
+class Mirror:
+    """A context: the local folder that stands for `address`. Raises StorageError."""
+
+    def __init__(self, address: str | os.PathLike, every_s: float = EVERY_S):
+        self.store = as_path(address)
+        self.folder = user_cache("workdirs", os.fspath(self.store).partition("://")[2])
+        self._every_s, self._done = every_s, threading.Event()
+        self._uploaded: dict[str, tuple[int, int]] = {}
+        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with storing(self.folder):
+            self.folder.mkdir(parents=True)
+        fetch_all(self.store, self.folder)
+        self._uploaded = self._versions()
+        log.info("%s: work goes on in %s, and from there to the store", self.store, self.folder)
+        self._thread.start()
+        return self.folder
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        try:
+            self.sync()
+        except StorageError as error:
+            if kind is None:
+                raise
+            log.error("%s", error)  # what ended the job is to be told, not what follows
+
+    def _run(self) -> None:
+        while not self._done.wait(self._every_s):
+            try:
+                self.sync()
+            except StorageError as error:
+                log.warning("%s; trying again in %.0f s", error, self._every_s)
+
+    def sync(self) -> None:
+        """Uploads what has changed, and removes what is gone."""
+        now = self._versions()
+        for name, version in now.items():
+            if self._uploaded.get(name) != version:
+                try:
+                    upload(self.folder / name, self.store / name)
+                except StorageError:
+                    if (self.folder / name).exists():
+                        raise
+                    continue  # gone since we looked
+                self._uploaded[name] = version
+        for name in self._uploaded.keys() - now.keys():
+            with storing(self.store / name):
+                (self.store / name).unlink(missing_ok=True)
+            del self._uploaded[name]
+
+    def _versions(self) -> dict[str, tuple[int, int]]:
+        """{name: (bytes, time)} of all files but those that have no name of their own yet."""
+        found = {}
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                path = Path(folder, name)
+                relative = path.relative_to(self.folder)
+                parts = relative.parts
+                if any(p.startswith(".") or "orbax-checkpoint-tmp" in p for p in parts):
+                    continue
+                try:
+                    state = path.stat()
+                except FileNotFoundError:
+                    continue
+                found[relative.as_posix()] = (state.st_size, state.st_mtime_ns)
+        return found
