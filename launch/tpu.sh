@@ -111,8 +111,6 @@ check_input() {
   if [[ $workdir ]]; then
     matches workdir 'gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/[^/].*)?' gs://bucket/folder
     bucket=${workdir#gs://} bucket=${bucket%%/*}
-    # Where vm.sh mounts it; the workers' shell knows their home.
-    mounted=gs/${workdir#gs://} mounted=${mounted%/}
   fi
   if [[ $config ]]; then
     [[ -f ${config%%:*} ]] || bad "--config: no file ${config%%:*}"

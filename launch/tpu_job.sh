@@ -9,9 +9,7 @@ JOB_SILENT=91 # its workers do not answer, though it is
 # start_job: on all workers. Their order to restart, and its limits, is restart.sh's.
 start_job() {
   local line
-  # The workdir is below the worker's home, which its own shell fills in.
-  line="bash pr2jax/launch/vm.sh start \"\$HOME\"/$(printf %q "$mounted")"
-  line+=$(printf ' %q' --config="$config" ${extra[@]+"${extra[@]}"})
+  line=$(remote start "${workdir%/}" --config="$config" ${extra[@]+"${extra[@]}"})
   say "starting $config on all workers"
   retried "starting the job" on_workers "$line"
 }

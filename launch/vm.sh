@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What launch/tpu.sh runs on every worker of a TPU slice. Not for other machines.
-#   vm.sh setup BUCKET         finds or installs Python, mounts the bucket, makes .venv
+#   vm.sh setup BUCKET         finds or installs Python, makes .venv, writes to the bucket
 #   vm.sh start WORKDIR ARG..  starts `python -m pr2jax.main ARG..` under restart.sh, detached
 #   vm.sh poll                 log lines since the last poll, then "pr2jax-status HOST STATE CODE"
 #   vm.sh state                only the latter
@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/lib.sh
 source launch/lib.sh
 
-export PATH=$HOME/.local/bin:$PATH PR2JAX_EXTRAS=tpu
+export PATH=$HOME/.local/bin:$PATH PR2JAX_EXTRAS=tpu,gcs
 run_dir=$HOME/pr2jax_run
 host=${HOSTNAME:-$(hostname)}
 
@@ -24,24 +24,12 @@ ensure_python() {
   ln -sf "$(uv python find 3.12)" "$HOME/.local/bin/python3.12"
 }
 
-# mount_bucket BUCKET: at ~/gs/BUCKET. Folders are renamed there (checkpoints), and what one worker
-# writes is seen by the others at once: nothing of the metadata is cached.
-mount_bucket() {
-  local at=$HOME/gs/$1
-  mkdir -p "$at"
-  if mountpoint -q "$at"; then return; fi
-  if ! command -v gcsfuse >/dev/null; then
-    local version=${PR2JAX_GCSFUSE:-2.5.1} deb
-    deb=gcsfuse_${version}_amd64.deb
-    say "installing gcsfuse $version"
-    if ! curl --fail --silent --show-error --location --retry 3 --output "/tmp/$deb" \
-      "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v$version/$deb" ||
-      ! sudo apt-get install --yes --quiet "/tmp/$deb" >/dev/null; then
-      die "$host: could not install gcsfuse, which mounts gs://$1"
-    fi
-  fi
-  gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "$1" "$at" >&2 ||
-    die "$host: could not mount gs://$1: does it exist, and may the VM's service account write it?"
+# check_bucket BUCKET: this worker can write there.
+check_bucket() {
+  .venv/bin/python -c 'import sys
+from pr2jax.core.files import check_writable
+check_writable(sys.argv[1])' "gs://$1" ||
+    die "$host: gs://$1: see above; does it exist, and may the VM's service account write it?"
 }
 
 # alive: the job runs. Its code is the last that it leaves, and a number may be another's by now.
@@ -71,12 +59,14 @@ job() {
   local workdir=$1 code=0 runner=''
   shift
   printf '==> %s: %s\n' "$(date -u +%FT%TZ)" "$*"
-  bash launch/restart.sh .venv/bin/python -m pr2jax.main --workdir="$workdir" "$@" &
+  # The next slice finds its programs compiled.
+  bash launch/restart.sh .venv/bin/python -m pr2jax.main --workdir="$workdir" \
+    --compilation_cache="$workdir/xla" "$@" &
   runner=$!
   trap 'woken=yes; kill -TERM "$runner" 2>/dev/null' TERM
   reap "$runner"
   printf '==> %s: ended with exit code %s\n' "$(date -u +%FT%TZ)" "$code"
-  { mkdir -p "$workdir/launch" && cp "$run_dir/log" "$workdir/launch/$host.log"; } || true
+  gcloud storage cp --quiet "$run_dir/log" "$workdir/launch/$host.log" || true
   printf '%s\n' "$code" >"$run_dir/code"
 }
 
@@ -104,8 +94,8 @@ shift || true
 case $command in
   setup)
     ensure_python
-    mount_bucket "$1"
     project_venv >/dev/null
+    check_bucket "$1"
     ;;
   start) start "$@" ;;
   job) job "$@" ;;

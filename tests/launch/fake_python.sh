@@ -29,5 +29,11 @@ case "$*" in
       *) exit "${code:-0}" ;;
     esac
     ;;
+  *check_writable*)
+    if [[ -e $FAKE_GCLOUD/denied ]]; then
+      echo "StorageError: ${!#}: cannot be written: Forbidden" >&2
+      exit 1
+    fi
+    ;;
   *) exit 0 ;;
 esac

@@ -43,7 +43,6 @@ class World:
             (folder / name).mkdir()
         self._tool("bin/gcloud", f"#!{sys.executable} -SE\n", ROOT / "tests/launch/fake_gcloud.py")
         self._tool("vm/python3.12", "", ROOT / "tests/launch/fake_python.sh")
-        self._tool("vm/mountpoint", "#!/bin/sh\nexit 0\n")  # the bucket is there already
         self._tool("local_python", "", ROOT / "tests/launch/fake_python.sh")
 
     def _tool(self, name: str, head: str, source: Path | None = None) -> None:
@@ -156,7 +155,7 @@ def test_from_a_request_to_the_end(world):
         (line,) = world.starts(worker)
         assert "--config=configs/quickstart.py" in line
         assert line.endswith("--config.seed=3 4")
-        assert f"worker{worker}/gs/bucket/run" in line
+        assert "--workdir=gs://bucket/run --compilation_cache=gs://bucket/run/xla " in line
     # The memory check came before, with the run's own settings.
     check = (world.folder / "checks").read_text()
     assert "--compile_only --topology=v5p:2x2x2 --config.seed=3 4" in check
@@ -164,6 +163,17 @@ def test_from_a_request_to_the_end(world):
     assert "start 1:" in (world.checkout / "runs" / "tpu" / "my-run.log").read_text()
     assert list((world.folder / "bucket" / "run" / "launch").glob("*.log"))
     assert not world.billed
+
+
+def test_a_bucket_that_the_workers_may_not_write(world):
+    world.scenario(codes=[0])
+    assert world.run("create", *PLACE, "--topology=v5p:2x2x2")[0] == 0
+    (world.folder / "denied").touch()
+    code, _, err = world.run("setup", *PLACE, "--workdir=gs://bucket/run", "--ssh_tries=1")
+    assert code == 1
+    assert "StorageError: gs://bucket: cannot be written: Forbidden" in err
+    assert "error: setting up: failed 1 times" in err
+    assert world.starts(0) == []
 
 
 def test_a_run_that_does_not_fit_is_never_asked_for(world):
