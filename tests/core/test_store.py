@@ -223,6 +223,9 @@ def test_checkpoints(store, caplog):
         # Half an upload is no checkpoint.
         del store.buckets["bucket"]["runs/one/checkpoints/4/commit_success.txt"]
         assert saved.steps() == [1, 3]
+    with Checkpointer(RUN + "/checkpoints", keep=2, best_metric="m") as saved:
+        assert saved.steps() == [1, 3]
+        assert not [n for n in store.names("runs/one/checkpoints/4") if n]  # its remains are gone
         assert saved.save(4, _state(44), {"position": 4})
         assert saved.restore(SHAPE)[0]["x"].tolist() == [44.0] * 3
 
