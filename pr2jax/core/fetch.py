@@ -38,13 +38,19 @@ def fetch_all(base: epath.Path, target: Path, pattern: str = "") -> int:
     """Copies an object, or those below a folder (that `pattern` means), unless they are there
     already; how many there are. Raises StorageError."""
     try:
-        found = _objects(base)
+        found = _objects(base, pattern)
     except StorageError:
         raise
     except Exception as error:  # whatever the store's library raises
         raise StorageError(f"{base}: cannot be read: {error}") from error
     if pattern:
         found = {name: file for name, file in found.items() if _matches(name, pattern)}
+    if target.is_dir():  # what was copied and is there no more
+        for path in target.rglob("*"):
+            name = path.relative_to(target).as_posix()
+            gone = name not in found and (not pattern or _matches(name, pattern))
+            if gone and path.is_file() and not path.name.startswith("."):
+                path.unlink(missing_ok=True)
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes = list(pool.map(lambda name: _fetch(found[name], target / name), found))
     if any(sizes):
@@ -60,10 +66,11 @@ def _split(path: str) -> tuple[epath.Path, str]:
     return as_path("/".join(parts[:first])), "/".join(parts[first:])
 
 
-def _objects(base: epath.Path) -> dict[str, epath.Path]:
-    """{name below `base`: path}; of an object {"": path}."""
+def _objects(base: epath.Path, pattern: str) -> dict[str, epath.Path]:
+    """{name below `base`: path}, as deep as the glob goes; of an object {"": path}."""
     if base.is_dir():
-        return files_below(base)
+        endless = not pattern or "**" in pattern.split("/")
+        return files_below(base, float("inf") if endless else pattern.count("/") + 1)
     return {"": base} if base.exists() else {}
 
 

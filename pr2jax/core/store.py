@@ -142,12 +142,15 @@ class Staged:
                 self._own = None
 
 
-def files_below(folder: epath.Path, prefix: str = "") -> dict[str, epath.Path]:
-    """{relative name: path} of all files below `folder`."""
+def files_below(
+    folder: epath.Path, depth: float = float("inf"), prefix: str = ""
+) -> dict[str, epath.Path]:
+    """{relative name: path} of all files below `folder`, those `depth` levels down at most."""
     found = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir():
-            found |= files_below(path, f"{prefix}{path.name}/")
+            if depth > 1:
+                found |= files_below(path, depth - 1, f"{prefix}{path.name}/")
         elif path.name:  # a store's own mark of a folder has none
             found[prefix + path.name] = path
     return found

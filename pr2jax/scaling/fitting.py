@@ -18,6 +18,7 @@ from jaxtyping import Float
 from scipy.optimize import minimize
 
 from pr2jax.core.config import ConfigError
+from pr2jax.core.fetch import fetched
 from pr2jax.scaling.laws import JointMoELaw, Numbers
 
 # Eleven coefficients: fewer runs than twelve leave nothing to judge the fit by.
@@ -75,7 +76,7 @@ class Runs:
         fewer rows than `at_least`.
         """
         try:
-            with open(path, newline="", encoding="utf-8-sig") as file:
+            with open(fetched(path), newline="", encoding="utf-8-sig") as file:
                 rows = _read_rows(path, csv.reader(file))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ConfigError(f"{path}: cannot be read as a table ({error})") from None

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pr2jax.core.config import ConfigError
+from pr2jax.core.fetch import fetched
 
 COLUMNS = ("n", "prompts", "seed", "compute", "score")
 BUCKETS_PER_DECADE = 8
@@ -78,7 +79,7 @@ def read_runs(path: str | Path) -> list[SweepRun]:
     """Runs of a table with the columns n, prompts, seed, compute, score (others are ignored), a
     row an evaluation. Raises ConfigError naming file, line and column."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open(fetched(path), newline="", encoding="utf-8-sig") as file:
             rows = list(_rows(path, csv.reader(file)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path}: cannot be read as a table ({error})") from None

@@ -27,6 +27,7 @@ import numpy as np
 
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import versions
+from pr2jax.core.fetch import fetched
 from pr2jax.core.files import remove_leftovers, replacing
 from pr2jax.core.metrics import write_json, write_summary
 from pr2jax.tasks import columns
@@ -60,7 +61,11 @@ def run_curate(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
     root = Path(workdir)
     root.mkdir(parents=True, exist_ok=True)
     remove_leftovers(root)
-    curate = cfg.curate
+    curate = dataclasses.replace(
+        cfg.curate,
+        inputs=tuple(map(fetched, cfg.curate.inputs)),
+        against=tuple(map(fetched, cfg.curate.against)),
+    )
     inputs = open_inputs(curate.inputs)
     if curate.against:
         stages.check_sets(curate)  # before the hours that come first

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from pr2jax.core.config import ConfigError
+from pr2jax.core.store import as_path, files_below, is_store
 from pr2jax.data.tokenizer import encode_prompt
 from pr2jax.evaluation.passk import PASS_SCORE
 from pr2jax.evaluation.runner import evaluate
@@ -69,6 +70,9 @@ def measure(
 
 def _stamp(source: str) -> list[Any]:
     """What tells a model's folder from another: its files, or its name (a package's)."""
+    if is_store(source):
+        found = files_below(as_path(source)).items()
+        return [[f"{source}/{name}", p.stat().length, p.stat().mtime] for name, p in found]
     path = Path(source)
     if not path.exists():
         return [source]

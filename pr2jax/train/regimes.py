@@ -18,6 +18,7 @@ import numpy as np
 
 from pr2jax.core.config import ConfigError
 from pr2jax.core.device import versions
+from pr2jax.core.fetch import fetched
 from pr2jax.core.files import replacing
 from pr2jax.core.metrics import write_json, write_summary
 from pr2jax.evaluation.passk import PASS_SCORE, bootstrap_interval
@@ -170,7 +171,7 @@ def only(task: Task, path: str) -> Task:
         return task
     ids = set()
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(fetched(path)).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"rl_problems: {path} cannot be read ({error})") from None
     for number, line in enumerate(lines, start=1):

@@ -325,6 +325,12 @@ def test_inputs_are_copied_once(store, cache, caplog):
     fetched("gs://bucket/data/*.jsonl")
     assert (cache / "data" / "a.jsonl").read_text() == "A.JSONL"
     assert (cache / "data" / "b.jsonl").stat().st_ino == old
+    del store.buckets["bucket"]["data/b.jsonl"], store.buckets["bucket"]["data/deep/d.txt"]
+    fetched("gs://bucket/data/*.jsonl")
+    left = {p.relative_to(cache / "data").as_posix() for p in cache.rglob("*") if p.is_file()}
+    assert left == {"a.jsonl", "deep/c.jsonl", "deep/d.txt"}  # of what was asked for now
+    fetched("gs://bucket/data")
+    assert not (cache / "data" / "deep" / "d.txt").exists()
     with pytest.raises(StorageError, match="^gs://bucket/data/x.jsonl: there is no such object"):
         fetched("gs://bucket/data/x.jsonl")
     with pytest.raises(StorageError, match=r"^gs://bucket/data/\*.csv: there is no such object"):
