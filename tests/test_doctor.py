@@ -82,3 +82,13 @@ def test_kernels_by_platform(platform, expert, dtype, parts):
 def test_a_config_that_is_none(path):
     with pytest.raises(ConfigError, match="^--config: "):
         doctor.load(path)
+
+
+def test_a_bucket_is_written_to(store):
+    found = doctor.Findings()
+    doctor.machine(found, "gs://bucket/run", "cpu")
+    assert found.facts["store"] == ["gs://bucket/run can be written to"]
+    store.fault = lambda method, path: 403 if path.startswith("/upload") else None
+    doctor.machine(found, "gs://bucket/run", "cpu")
+    assert [p for p in found.problems if p.startswith("store: gs://bucket/run: cannot be written")]
+    assert store.names() == []
