@@ -32,6 +32,7 @@ from pr2jax.core.files import remove_leftovers, replacing
 from pr2jax.core.metrics import write_json, write_summary
 from pr2jax.tasks import columns
 from pr2jax.tasks.base import DOMAINS, Problem, domain_of
+from pr2jax.train import curate_leaks as leakage
 from pr2jax.train import curate_stages as stages
 from pr2jax.train.config import Config
 from pr2jax.train.curate_report import SHOWN, write_curate_report
@@ -68,7 +69,7 @@ def run_curate(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
     )
     inputs = open_inputs(curate.inputs)
     if curate.against:
-        stages.check_sets(curate)  # before the hours that come first
+        leakage.check_sets(curate)  # before the hours that come first
     log.info("%d rows in %d files", inputs.total, len(inputs.paths))
     config = json.loads(json.dumps(dataclasses.asdict(cfg)))
     write_json(root / "config.json", config)
@@ -83,7 +84,7 @@ def run_curate(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
     seconds[contained.name] = contained.finish()
     near, compared = stages.drop_near(curate, index, texts, read, root, contained)
     seconds[near.name] = near.finish()
-    leaks, looked_for = stages.drop_leaks(curate, index, texts, read, root, near)
+    leaks, looked_for = leakage.drop_leaks(curate, index, texts, read, root, near)
     seconds[leaks.name] = leaks.finish()
     last = _difficulty(cfg, inputs, index, root, leaks)
     seconds[last.name] = last.finish()
@@ -91,7 +92,7 @@ def run_curate(cfg: Config, workdir: str, profile_steps: int = 0) -> None:
     seconds[written.name] = written.finish()
     malformed = list(stages.malformed_of(read, -(-inputs.total // curate.shard_rows)))
     examples = _write_reasons(inputs, index, texts, leaks, malformed, root)
-    looked_for["hits"] = sum(1 for _ in stages.leaks_of(leaks, index))
+    looked_for["hits"] = sum(1 for _ in leakage.leaks_of(leaks, index))
     texts.close()
 
     summary = {
@@ -207,7 +208,7 @@ def _write_reasons(
             }
 
     def found() -> Iterator[dict[str, Any]]:
-        for hit in stages.leaks_of(leaks, index):
+        for hit in leakage.leaks_of(leaks, index):
             text = texts[hit["row"]].decode()
             yield hit | {"row": where(hit["row"]), "text": text}
 

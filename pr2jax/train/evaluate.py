@@ -36,7 +36,8 @@ from pr2jax.evaluation.suites import (
 from pr2jax.models.importers import hf
 from pr2jax.tasks.base import Problem, Verdict
 from pr2jax.train.config import Config
-from pr2jax.train.session import Session, checkpoint_folder, open_session
+from pr2jax.train.init_from import checkpoint_folder
+from pr2jax.train.session import Session, open_session
 
 log = logging.getLogger("pr2jax")
 

@@ -9,7 +9,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,8 +17,8 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from pr2jax.core import hosts, rng
-from pr2jax.core.checkpoint import CheckpointError, read_checkpoint, restore_params
-from pr2jax.core.config import ConfigError, from_config_dict
+from pr2jax.core.checkpoint import restore_params
+from pr2jax.core.config import ConfigError
 from pr2jax.core.device import resolve_dtype, versions
 from pr2jax.core.metrics import write_json
 from pr2jax.core.params import (
@@ -37,13 +36,12 @@ from pr2jax.data.tokenizer import (
     build_tokenizer,
     encode_prompt,
     save_tokenizer,
-    saved_tokenizer,
 )
 from pr2jax.models.config import ModelConfig, num_moe_layers
 from pr2jax.models.flops import active_params
 from pr2jax.models.importers import hf
 from pr2jax.models.transformer import param_specs
-from pr2jax.models.upcycling import UpcycleConfig, upcycle, upcycled_config
+from pr2jax.models.upcycling import UpcycleConfig, upcycle
 from pr2jax.sampler.engine import Sampler
 from pr2jax.sampler.types import SamplingParams
 from pr2jax.tasks.base import Problem
@@ -52,13 +50,19 @@ from pr2jax.tasks.pool import VerifierPool
 from pr2jax.tasks.registry import needs
 from pr2jax.tasks.sandbox import Sandbox, SandboxError
 from pr2jax.train.config import Config, with_vocab_size
-from pr2jax.train.loop import CHECKPOINTS
+from pr2jax.train.init_from import (
+    TOKENIZER,
+    checkpoint_folder,
+    is_imported,
+    like_checkpoint,
+    model_of,
+    saved_config,
+)
 from pr2jax.train.study_config import GenerateConfig
 
 log = logging.getLogger("pr2jax")
 
 _WALL = "wall.json"
-_TOKENIZER = "tokenizer"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -211,7 +215,7 @@ class Session:
         source = hf.resolve(self.cfg.init_from)
         if not self.cfg.upcycle.experts:
             return self._load(source, self.cfg.model)
-        dense, moe = _model_of(source), self.cfg.model.moe
+        dense, moe = model_of(source), self.cfg.model.moe
         make = functools.partial(
             upcycle, cfg=dense, options=self.cfg.upcycle, predictor=moe.predictor
         )
@@ -230,10 +234,10 @@ class Session:
         """
         specs = self.specs if model == self.cfg.model else param_specs(model)
         abstract = self._abstract(specs)
-        if _is_imported(source):
+        if is_imported(source):
             return hf.load_params(source, abstract)[1]
         folder = checkpoint_folder(source)
-        saved, _ = _saved(folder)
+        saved, _ = saved_config(folder)
         predicts = [m.moe is not None and m.moe.predictor for m in (saved, model)]
         if predicts[0] == predicts[1]:
             return restore_params(folder, abstract)
@@ -274,79 +278,6 @@ class Session:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-def checkpoint_folder(path: str | os.PathLike) -> str:
-    """The folder of checkpoints meant by `path`: a workdir, its last stage's, or the folder."""
-    for candidate in (as_path(path) / CHECKPOINTS, as_path(path) / "rl" / CHECKPOINTS):
-        if candidate.is_dir():
-            return str(candidate)
-    return str(path)
-
-
-def _is_imported(path: str) -> bool:
-    """Whether `path` is a Hugging Face or imported folder rather than a run's."""
-    return checkpoint_folder(path) == str(path) and hf.is_published(path)
-
-
-def _saved(folder: str) -> tuple[ModelConfig, TokenizerConfig]:
-    """What a run's checkpoint is of. Raises CheckpointError where it does not say."""
-    _, extra, _ = read_checkpoint(folder)
-    if "config" not in extra:
-        raise CheckpointError(f"{folder}: no configuration is saved in it")
-    saved = extra["config"]
-    return (
-        from_config_dict(ModelConfig, saved["model"], "model"),
-        from_config_dict(TokenizerConfig, saved["tokenizer"], "tokenizer"),
-    )
-
-
-def _travelled(tokenizer: TokenizerConfig, folder: str) -> TokenizerConfig:
-    """`tokenizer` reading the copy that the run whose checkpoints are in `folder` kept."""
-    for workdir in as_path(folder).parents[:2]:  # a stage's checkpoints lie one deeper
-        own = saved_tokenizer(tokenizer, workdir / _TOKENIZER)
-        if own != tokenizer:
-            return own
-    return tokenizer
-
-
-def _model_of(source: str) -> ModelConfig:
-    """The model saved in a folder. Raises CheckpointError, CheckpointFormatError."""
-    if _is_imported(source):
-        return hf.read_model_config(source)
-    return _saved(checkpoint_folder(source))[0]
-
-
-def like_checkpoint(cfg: Config) -> Config:
-    """`cfg` with the model (and tokenizer, where it is known) of `init_from`, upcycled if told so.
-
-    What says how to compute rather than what (kernels, rematerialisation, chunks), and whether
-    there is a predictor, stays as configured. Raises CheckpointError, CheckpointFormatError, and
-    ConfigError where that model does not fit the rest.
-    """
-    source, tokenizer = hf.resolve(cfg.init_from), cfg.tokenizer
-    model = _model_of(source)
-    if not _is_imported(source):
-        folder = checkpoint_folder(source)
-        tokenizer = _travelled(_saved(folder)[1], folder)
-    elif (tokenizer == TokenizerConfig() or tokenizer.untrained) and (
-        Path(source) / "tokenizer.json"
-    ).is_file():
-        tokenizer = TokenizerConfig(kind="hf", path=source)
-    if cfg.upcycle.experts:
-        try:
-            model = upcycled_config(model, cfg.upcycle)
-        except ConfigError as error:
-            raise ConfigError(f"upcycle.{error}") from None
-    how = ("attention_impl", "remat", "scan_layers", "logprob_chunk")
-    kept = {name: getattr(cfg.model, name) for name in how}
-    if model.moe is not None and cfg.model.moe is not None:
-        how = ("impl", "block_size", "predictor")
-        own = {name: getattr(cfg.model.moe, name) for name in how}
-        kept["moe"] = dataclasses.replace(model.moe, **own)
-    found = dataclasses.replace(cfg, model=dataclasses.replace(model, **kept), tokenizer=tokenizer)
-    found.validate()  # the rest was, with the model that is configured
-    return found
 
 
 def _check_shared(workdir: epath.Path) -> None:
@@ -415,7 +346,7 @@ def open_session(
     session = Session(cfg, workdir, tokenizer, mesh, dtype, specs, shardings, started, before)
     write_json(workdir / "config.json", session.config_json)
     if hosts.first():
-        save_tokenizer(cfg.tokenizer, workdir / _TOKENIZER)
+        save_tokenizer(cfg.tokenizer, workdir / TOKENIZER)
     found = versions()
     log.info("devices: %d x %s; jax %s", found["devices"], found["device_kind"], found["jax"])
     log.info("compute dtype: %s", reason)

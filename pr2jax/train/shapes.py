@@ -31,7 +31,8 @@ from pr2jax.replay.routes import route_dtype
 from pr2jax.rl.batch import map_rows
 from pr2jax.rl.types import LearnerBatch, policy_optim
 from pr2jax.train.config import Config, with_vocab_size
-from pr2jax.train.session import check_batches, like_checkpoint
+from pr2jax.train.init_from import like_checkpoint
+from pr2jax.train.session import check_batches
 
 log = logging.getLogger("pr2jax")
 
