@@ -8,6 +8,7 @@ counts, and a job whose machine vanishes goes on from its last minute.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
@@ -34,9 +35,18 @@ class Mirror:
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
 
     def __enter__(self) -> Path:
+        with storing(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = open(f"{self.folder}.lock", "wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"{self.store}: another process here works in {self.folder}"
+            ) from None
         shutil.rmtree(self.folder, ignore_errors=True)
         with storing(self.folder):
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir()
         fetch_all(self.store, self.folder)
         self._uploaded = self._versions()
         log.info("%s: work goes on in %s, and from there to the store", self.store, self.folder)
@@ -52,6 +62,8 @@ class Mirror:
             if kind is None:
                 raise
             log.error("%s", error)  # what ended the job is to be told, not what follows
+        finally:
+            self._lock.close()
 
     def _run(self) -> None:
         while not self._done.wait(self._every_s):

@@ -392,6 +392,8 @@ def test_a_mirror_is_the_stores_and_goes_back_there(store, tmp_path, monkeypatch
         (folder / ".new.77").write_text("not whole yet")
     assert store.names("runs/one/") == ["changed", "kept", "new"]
     assert store.buckets["bucket"]["runs/one/kept"].generation == before
+    with Mirror(RUN), pytest.raises(StorageError, match=f"^{RUN}: another process here works in"):
+        Mirror(RUN).__enter__()
     (folder / "new").write_text("never uploaded")
     with Mirror(RUN) as again:
         assert again == folder
