@@ -71,6 +71,7 @@ def test_rl_in_a_store_stopped_and_resumed(here, store, monkeypatch):
     assert not Path("gs:").exists()
 
 
+@pytest.mark.slow
 def test_sampling_from_it_into_it(store):
     run(_rl(1), STORE)
     sampling = SamplingParams(max_tokens=4)
@@ -95,6 +96,7 @@ def test_growth_in_a_store(folder, tmp_path, store):  # noqa: F811
     assert as_path(STORE + "/report.html").exists()
 
 
+@pytest.mark.slow
 def test_an_evaluation_in_a_store(store, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cfg = evaluation("random:3", evaluation_run(as_path("gs://bucket/runs/seven")))
