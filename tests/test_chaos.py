@@ -14,9 +14,9 @@ import pytest
 
 from pr2jax.chaos import __main__ as chaos
 from pr2jax.chaos import judge
-from pr2jax.chaos.faults import KINDS, schedule
+from pr2jax.chaos.faults import KINDS, UNSEALED, Fault, damage, schedule
 from pr2jax.chaos.processes import Processes, processes_below, wait_for_orphans
-from pr2jax.chaos.trial import Options, torment
+from pr2jax.chaos.trial import Options, Trial, torment
 from pr2jax.core.checkpoint import Checkpointer
 from pr2jax.train import audit
 from tests import xla
@@ -77,6 +77,7 @@ try:
                 (saved / "new").mkdir(exist_ok=True)
                 data = b"x" * 50
                 (saved / "new" / "data").write_bytes(hashlib.md5(data).digest() + data)
+                (saved / "new" / "pr2jax_manifest.json").touch()
                 (saved / "new").rename(saved / str(step))
                 shutil.rmtree(saved / str(step - 4), ignore_errors=True)
     (folder / "over").touch()
@@ -126,6 +127,22 @@ def test_every_kind_of_fault_is_put_and_survived(tmp_path):
         assert judge._untold(trial) == []
         # One start more than faults that end a process.
         assert len(trial.starts) == 1 + sum(f.kind != "pool" for f in trial.faults)
+
+
+def test_damage_says_whether_a_manifest_was_there(tmp_path):
+    step = tmp_path / "checkpoints" / "5"
+    step.mkdir(parents=True)
+    (step / "data").write_bytes(b"x" * 50)
+    told = damage(tmp_path, "flip", random.Random(0))
+    assert told == f"{step}/data{UNSEALED}"
+    trial = Trial([], tmp_path, {})
+    (tmp_path / "chaos.log").write_text("")
+    trial.faults = [Fault("flip", 0.0, 5, "stepping", detail=told)]
+    assert judge._untold(trial) == []
+    (step / "pr2jax_manifest.json").touch()
+    told = damage(tmp_path, "torn", random.Random(0))
+    trial.faults = [Fault("torn", 0.0, 5, "stepping", detail=told)]
+    assert judge._untold(trial) == [f"{step}/data: its damage was not told"]
 
 
 def test_workers_that_ended_before_the_blow_are_no_fault(tmp_path, monkeypatch):

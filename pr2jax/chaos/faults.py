@@ -23,12 +23,14 @@ from pathlib import Path
 
 from pr2jax.chaos import progress
 from pr2jax.chaos.processes import Processes, wait_for_orphans
+from pr2jax.core import manifest
 
 KINDS = ("kill", "hang", "torn", "flip", "disk", "pool", "peer")
 EXIT_FAILED, EXIT_AGAIN = 2, 75  # pr2jax.main's: told as an error; saved, run it again
 PEER_S = 60.0
 _DISK_S = 180.0
 WORKER = "pr2jax.tasks.worker"
+UNSEALED = " (before its manifest)"
 _TOLD = ("StorageError: ", "CheckpointError: ")
 
 
@@ -121,7 +123,9 @@ def wait_for_stall(workdir: Path, processes: Processes, hang_s: float) -> bool:
 
 
 def damage(workdir: Path, kind: str, draw: random.Random) -> str:
-    """Cuts or flips a random file of the latest checkpoint; the file's path."""
+    """Cuts or flips a random file of the latest checkpoint; the file's path, and UNSEALED where
+    the step has no manifest yet: its arrays are held against their fingerprints then, and bytes
+    that nothing refers to against nothing."""
     step = progress.checkpoints(progress.stages(workdir)[-1])[-1]
     files = sorted(p for p in step.rglob("*") if p.is_file() and p.stat().st_size)
     victim = draw.choice(files)
@@ -132,7 +136,7 @@ def damage(workdir: Path, kind: str, draw: random.Random) -> str:
     else:
         content[at] ^= 1 << draw.randrange(8)
     victim.write_bytes(content)
-    return str(victim)
+    return str(victim) + ("" if (step / manifest.NAME).exists() else UNSEALED)
 
 
 def _fill(fault: Fault, workdir: Path, processes: Processes) -> None:
