@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-import jax
-
 from pr2jax.core.store import as_path, is_store, storing
 
 _SPOOL_BYTES = 64 << 20
@@ -87,6 +85,8 @@ def remove_leftovers(folder: str | os.PathLike) -> list[str]:
 
     Only in a run of one process: another host's process may be alive under any number.
     """
+    import jax  # verifiers' processes read files, and go without it
+
     gone = []
     if is_store(folder) or jax.process_count() > 1 or not Path(folder).is_dir():
         return gone

@@ -265,8 +265,10 @@ def test_a_bucket_that_vanishes_under_checkpoints(store):
         saved.wait()
     store.buckets["bucket"] = kept
     with Checkpointer(RUN + "/checkpoints") as again:
+        # What the bucket missed may be marked as a checkpoint when it is back at once: not used.
+        step, state, _ = again.restore_whole(SHAPE)
+        assert (step, state["x"].tolist()) == (1, [1.0] * 3)
         assert again.steps() == [1]
-        assert again.restore(SHAPE)[0]["x"].tolist() == [1.0] * 3
 
 
 def test_route_logs(store, tmp_path):
