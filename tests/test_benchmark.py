@@ -95,6 +95,7 @@ def check_common(report, command):
 # --- Every command, tiny and without a peer
 
 
+@pytest.mark.slow
 def test_train_takes_the_real_step(local, capsys, tmp_path):
     flags = ("train", "--smoke", "--repeats=2", "--steps=2", "--dtype=float32")
     out, report = run(capsys, tmp_path, *flags, f"--profile={tmp_path / 'trace'}")
@@ -115,6 +116,7 @@ def test_train_takes_the_real_step(local, capsys, tmp_path):
     assert report["rows"][0]["flops"] == pytest.approx(6 * 2 * 16 * (active + scores))
 
 
+@pytest.mark.slow
 def test_decode_makes_every_token(local, capsys, tmp_path):
     flags = ("decode", "--smoke", "--repeats=1", "--dtype=float32", "--new=4")
     _, report = run(capsys, tmp_path, *flags)

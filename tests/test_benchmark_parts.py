@@ -189,6 +189,7 @@ def test_who_reads_the_predictor_is_seen():
         hlo.predictor_users(jax.jit(lambda x: x + 1).lower(1.0).compile().as_text())
 
 
+@pytest.mark.slow
 def test_r3_does_nothing_for_the_predictor():
     """Its program has no operation of the predictor's loss, and W_p and its moments pass through
     unchanged, even where W_p is not zero and the caller says that it is active."""

@@ -90,6 +90,7 @@ def relative(a, b):
     return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", [CFG, BIASED, LATENT], ids=["softmax", "biased", "latent"])
 @pytest.mark.parametrize(
     "top_k,experts",
@@ -108,6 +109,7 @@ def test_masked_copy_leaves_the_function_as_it_is(cfg, top_k, experts):
     assert after.router.logits.shape == before.router.logits.shape
 
 
+@pytest.mark.slow
 def test_masked_experts_get_no_gradient_and_unmasked_ones_are_used():
     wide = grown_config(BIASED, 16, masked=True)
     params = expand_params(noisy_params(BIASED), BIASED, wide, MASKED, KEY)
@@ -129,6 +131,7 @@ def test_masked_experts_get_no_gradient_and_unmasked_ones_are_used():
     assert (np.asarray(free.routes) >= 8).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["gaussian", "gaussian_bias_reset", "copy", "copy_noise"])
 @pytest.mark.parametrize("moments", ["reset", "keep", "copy"])
 def test_what_grows_and_what_stays(init, moments):
@@ -195,6 +198,7 @@ def test_what_grows_and_what_stays(init, moments):
         map_with_path(check_moment, getattr(adam_old, name), getattr(adam_new, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["gaussian_bias_reset", "copy_noise", "masked_copy"])
 @pytest.mark.parametrize(
     "axes", [{"fsdp": 2, "expert": 4}, pytest.param({"expert": 8}, marks=pytest.mark.slow)]

@@ -111,6 +111,7 @@ def test_two_processes_tell_and_hand_over(tmp_path):
     assert found[1]["error"] == "ValueError: broken on 1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_number, limit", [(signal.SIGKILL, 20), (signal.SIGSTOP, 40)])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_peer_ends_the_other_by_name(victim, signal_number, limit):
@@ -133,6 +134,7 @@ def test_a_lost_peer_ends_the_other_by_name(victim, signal_number, limit):
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_says_why_to_all():
     processes = launch.python("tests.hosts.talk", 2, "fail")
     said = [process.communicate(timeout=60)[0].decode() for process in processes]
@@ -141,6 +143,7 @@ def test_a_peer_that_fails_says_why_to_all():
     assert "failed: ConfigError: rl.steps: bad" in said[0]
 
 
+@pytest.mark.slow
 def test_an_orderly_end_alarms_no_one():
     processes = launch.python("tests.hosts.talk", 2, "leave")
     said = [process.communicate(timeout=60)[0].decode() for process in processes]
@@ -148,6 +151,7 @@ def test_an_orderly_end_alarms_no_one():
     assert "gone" not in "".join(said)
 
 
+@pytest.mark.slow
 def test_one_stop_stops_all_after_the_same_step():
     processes = launch.python("tests.hosts.talk", 2, "stop")
     for process in processes:

@@ -162,6 +162,7 @@ def test_chunks_are_few_however_long_the_row():
         assert [i for a, b in chunks for i in range(a, b)] == list(range(length))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [4, 3])
 def test_splash_on_a_mesh_equals_einsum(rows):
     """Interpreted, data 4 x tensor 2: every device its own rows (3: all of them) and heads."""

@@ -184,6 +184,7 @@ def assert_same_tokenizer(folder, out, name):
     return ours
 
 
+@pytest.mark.slow
 def test_logits_and_tokens_of_transformers(written, reference, tmp_path):
     arrays, cases = {}, []
     for name, (file, _) in written.items():

@@ -284,6 +284,7 @@ def test_logits_and_routes_of_transformers(checked, name):
     assert routes.shape[0] == num_moe_layers(cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

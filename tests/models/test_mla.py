@@ -129,6 +129,7 @@ def test_layer_against_float64(rank):
         np.testing.assert_allclose(y[b], want, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_cached_decode_equals_the_full_forward(name):
     """A prompt at once (expanded), then token by token (absorbed), rows at their own positions."""

@@ -125,6 +125,7 @@ SLOW = ("live-data", "live-tensor", "replayed-data", "replayed-1x8")
 WAYS = [(way, name) for way in ("live", "replayed") for name in MESHES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way,name",
     [
@@ -141,6 +142,7 @@ def test_mesh_is_one_device(params, alone, name, way):
     assert_same(on(mesh, program(mesh, way == "replayed"), placed, log), expected[way])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["2x4", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_latent_attention_on_a_mesh_is_one_device(name):
     """As above, of DeepSeek-V3's kind of model: latents, sigmoid scores with a selection bias."""
@@ -169,6 +171,7 @@ def assert_same(got, expected):
         assert error <= 1e-5, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [8, 2, 1])
 @pytest.mark.parametrize("impl", ["blocks", "ragged"])
 @pytest.mark.parametrize("layout", ["learner", "sampler"])

@@ -310,6 +310,7 @@ def test_replayed_gradient_against_float64_differences(plain):
         assert got == pytest.approx(expected, rel=2e-4, abs=1e-5 * scale), part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["unroll", "remat_full", "remat_dots", "mesh"])
 def test_other_ways_give_the_same_gradient(plain, way):
     params, log, ((value, _), grads) = plain

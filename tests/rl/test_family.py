@@ -39,6 +39,7 @@ MEMBERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "never"),
     [("sequence", set()), pytest.param("cispo", {"low", "dual"}, marks=pytest.mark.slow)],

@@ -84,6 +84,7 @@ def assert_same(a, b, but=()):
             np.testing.assert_array_equal(a[path], b[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_micro_batched_gradient_is_the_full_gradient(world, sgd):
     """4 micro-batches of 2 (the last one all filler) against one of 8."""
     params, _, batch = world
@@ -262,6 +263,7 @@ def test_predictor_learns_the_drift(world, pr2_step):
     assert_same(state.params, drifted, but=("predictor",))
 
 
+@pytest.mark.slow
 def test_with_lookahead_the_predictor_learns_what_it_leaves(world, sgd):
     """Loss, W_p's gradient and the shift's size in float64; flips stay on un-shifted logits."""
     params, optimizer, batch = world
@@ -360,6 +362,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(world, pr2_step, broke
         assert (int(after.skipped), int(after.skipped_in_row), int(after.step)) == (1, 0, 1)
 
 
+@pytest.mark.slow
 def test_selection_bias():
     """It moves by the experts' load alone, and the flips are measured by the rule that has it."""
     moe = dataclasses.replace(MODEL.moe, score="sigmoid", selection_bias=True)
@@ -385,6 +388,7 @@ def test_selection_bias():
     assert used == unshifted == value(metrics, "zero_deviation") < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moe", [None, dataclasses.replace(MODEL.moe, predictor=False)], ids=["dense", "no predictor"]
 )

@@ -261,6 +261,7 @@ def test_data_parallel_slots(world, oracle):
         type(world.one)(world.cfg, odd, params=world.params, mesh=mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axes", [{"expert": 4}, pytest.param({"fsdp": 2, "expert": 2}, marks=pytest.mark.slow)]
 )
@@ -281,6 +282,7 @@ def test_expert_parallel_tokens_and_routes_are_one_devices(world, oracle, axes):
     assert shapes == {world.cfg.moe.num_experts // 4}
 
 
+@pytest.mark.slow
 def test_latents_on_a_mesh_give_one_devices_tokens_and_routes(world):
     mla = MLAConfig(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
     cfg = dataclasses.replace(world.cfg, mla=mla, qk_norm="none")

@@ -138,6 +138,7 @@ def test_what_rematerialisation_repeats():
 # ------------------------------------------------------------- on this machine
 
 
+@pytest.mark.slow
 def test_check_on_devices_that_are_here(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compile_check, "absent_devices", lambda topology: jax.devices()[:8])
     cfg = tiny.config(mode="pretrain", mesh=MESH)

@@ -75,6 +75,7 @@ GROWING = ("emo_text", "emo_9b", "emo_pr2")
 REAL = tuple(c for c in CONFIGS if re.search(r"_a3b_|_7b_", c))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [c for c in CONFIGS if c not in (*OTHERWISE, *GROWING, *REAL)])
 def test_smoke(name, tmp_path):
     done = main(f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}")
@@ -118,6 +119,7 @@ def test_smollm2_smoke(tmp_path):
     assert (workdir / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_pretraining_smoke_then_samples_from_its_folder_elsewhere(tmp_path):
     done = main("--config=configs/pretrain_text.py:smoke", f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
@@ -233,6 +235,7 @@ def test_quickstart_smoke_leaves_all_that_it_promises(trained):
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+@pytest.mark.slow
 def test_the_same_command_again_repeats_nothing(trained):
     before = json.loads((trained / "summary.json").read_text(encoding="utf-8"))
     done = main("--config=configs/quickstart.py:smoke", f"--workdir={trained}")
@@ -243,6 +246,7 @@ def test_the_same_command_again_repeats_nothing(trained):
     assert after["verifiers"].get("scored", 0) == 0
 
 
+@pytest.mark.slow
 def test_generate_smoke(trained, tmp_path):
     (tmp_path / "prompts.txt").write_text("chess>\nhello>\n", encoding="utf-8")
     done = main(
@@ -293,6 +297,7 @@ def test_the_guru_recipe_takes_guru_files(tmp_path):
     assert re.search(r"ConfigError: .*parts\.codegen\..*no file data/train", done.stderr)
 
 
+@pytest.mark.slow
 def test_eval_smoke(tmp_path):
     done = main("--config=configs/eval.py:smoke", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr

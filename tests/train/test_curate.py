@@ -245,6 +245,7 @@ def fingerprint(workdir):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in names}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_writes_the_same_bytes(planted, tmp_path):
     settings, whole = planted
     program = (

@@ -100,6 +100,7 @@ def slow(*lost):
     return pytest.param(lost, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lost",
     [
@@ -158,6 +159,7 @@ def test_growth_goes_on_from_a_checkpoint(whole, folder, tmp_path):  # noqa: F81
     assert arrays["params/segment_0/block_0/moe/experts/gate"].shape[1] == 16
 
 
+@pytest.mark.slow
 def test_masked_growth_does_not_jump_until_it_is_unmasked(folder, tmp_path):  # noqa: F811
     stages = EMOConfig(
         experts=(4, 8),

@@ -122,6 +122,7 @@ def test_what_is_there_is_not_sampled_again(done, monkeypatch):
     assert summary(folder)["figures"] == page
 
 
+@pytest.mark.slow
 def test_a_cell_that_was_cut_off_ends_as_if_it_had_not_been(done, tmp_path):
     folder, cfg = done
     calls = []
@@ -182,6 +183,7 @@ def test_missing_suites_are_listed(done, tmp_path):
     assert "no verifier: nobody knows" in page
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_long_scores_0_where_that_is_allowed(tmp_path):
     questions = ["1+1=", "1+1+1+1+1+1+1+1+1=", "2+2=", "3+3="]
     made = [

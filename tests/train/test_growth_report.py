@@ -110,6 +110,7 @@ def test_figures_of_growth(study):
     assert last["loss"] == pytest.approx(3.7)
 
 
+@pytest.mark.slow
 def test_the_report_of_growth(study):
     cfg, root, jobs = study
     growth_report.write(cfg, root, jobs, ["fixed 4, seed 2"])

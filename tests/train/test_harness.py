@@ -69,6 +69,7 @@ def test_loglikelihoods_equal_full_logits(model):
         assert greedy == likeliest
 
 
+@pytest.mark.slow
 def test_what_greedy_decoding_gives_is_greedy(model):
     [text] = model.generate_until([("abc", {"max_gen_toks": 3})])
     ids = list(b"abc")
@@ -112,6 +113,7 @@ def test_rolling_loglikelihood(model):
     assert nothing == 0.0
 
 
+@pytest.mark.slow
 def test_until_cuts_and_sampling_repeats(model):
     asked = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 6}
     first, second, other = model.generate_until([("abc", asked)] * 3)

@@ -74,6 +74,7 @@ def uninterrupted(session, tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "rl"])
 def test_resumed_equals_never_stopped(session, uninterrupted, kind, tmp_path):
     whole, folder = uninterrupted(kind)

@@ -80,6 +80,7 @@ def _measure(mode: str, dtype, sampled=None) -> dict[str, float]:
     return {k: float(s) / float(w) for k, (s, w) in metrics.items() if float(w)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["r3", "pr2"])
 def test_fp32_mismatch_and_ratio_with_replay(mode):
     found = _measure(mode, jnp.float32)
@@ -92,6 +93,7 @@ def test_fp32_mismatch_and_ratio_with_replay(mode):
         assert found["zero_deviation"] < 0.9  # the predictor did move routes
 
 
+@pytest.mark.slow
 def test_bf16_mismatch_with_replay_beside_live_routing():
     replayed = _measure("r3", jnp.bfloat16)
     live = _measure("off", jnp.bfloat16)

@@ -195,6 +195,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_command_of_the_header(tmp_path):
     flags = ("--config=configs/plan.py", f"--workdir={tmp_path}", "--config.plan.compute=1e6")
     done = command(*flags)

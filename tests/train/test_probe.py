@@ -74,6 +74,7 @@ def value(found, name):
     return float(found[name][0]) / float(found[name][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("replayed", [True, False])
 def test_a_window_by_hand(recorded, replayed):

@@ -27,6 +27,7 @@ FAMILY = {
 }
 
 
+@pytest.mark.slow
 def test_epochs(tmp_path):
     base = tiny.config()
     cfg = dataclasses.replace(base, rl=dataclasses.replace(base.rl, **FAMILY))

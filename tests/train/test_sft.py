@@ -73,6 +73,7 @@ def _hidden(params, tokens):
     return forward(params, tokens, position, jnp.ones_like(tokens), cfg=MODEL).hidden
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [False, True])
 def test_a_batch_in_parts_is_the_whole_batch(params, spread):
     """Update, loss and counts of 8 rows in 4 parts (by part 2 rows, targets in uneven number),
@@ -105,6 +106,7 @@ def test_a_batch_in_parts_is_the_whole_batch(params, spread):
         assert values[0] == pytest.approx(values[1], rel=1e-5), key
 
 
+@pytest.mark.slow
 def test_router_losses_are_added_and_biases_move_by_their_rule(params, examples):
     rows, _ = pack(examples, 16, pad_id=0)
     cfg = dataclasses.replace(PLAIN, load_balance_coef=0.5, z_coef=0.25, bias_update_rate=0.125)

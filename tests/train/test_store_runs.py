@@ -46,6 +46,7 @@ def here(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_rl_in_a_store_stopped_and_resumed(here, store, monkeypatch):
     polls = []
 

@@ -261,6 +261,7 @@ SLOW = "import pathlib, sys, time\n(pathlib.Path(sys.argv[1]) / 'started').touch
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_study_that_was_stopped_goes_on(how, monkeypatch, tmp_path):
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), str(ROOT)])
