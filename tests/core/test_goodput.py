@@ -199,6 +199,7 @@ RUN = """
 """
 
 
+@pytest.mark.slow
 def test_real_processes_that_are_killed(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(RUN), str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

@@ -120,6 +120,7 @@ def test_hosts_read_disjoint_documents_and_together_all(hosts):
         stream([own], shard=(0, 22))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [False, True])
 def test_resumed_at_any_batch_is_never_stopped(mixed):
     sources = [documents(some(12, 7), "a"), documents(some(5, 8), "b")][: 2 if mixed else 1]

@@ -112,6 +112,7 @@ def test_kernels_by_platform():
     assert resolve_impl(forced, "tpu", 256, jnp.float32) == "einsum"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 100])
 def test_splash_equals_einsum(window):
     """The TPU kernel, interpreted: packed rows, grouped heads, values and gradients."""
@@ -134,6 +135,7 @@ def test_splash_equals_einsum(window):
         np.testing.assert_allclose(a, b, atol=3e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 100])
 def test_blocked_equals_einsum(window):
     """Chunks of unequal length, packed rows, padding, grouped heads: values and gradients."""

@@ -249,6 +249,7 @@ def test_on_a_mesh():
         assert relative(a, b) <= 1e-5
 
 
+@pytest.mark.slow
 def test_through_the_sampler():
     """Two responses to three prompts through four slots; log-probs and routes of a full forward."""
     cfg = dataclasses.replace(MOONLIGHT, vocab_size=24, num_layers=2)

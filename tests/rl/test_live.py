@@ -59,6 +59,7 @@ def test_features_are_those_of_the_replayed_forward(live):
     np.testing.assert_allclose(*inputs, rtol=2**-7, atol=1e-4)  # either side of a bf16 rounding
 
 
+@pytest.mark.slow
 def test_first_mini_step_on_a_real_rollout(live):
     optimizer, state, _, batch = live
     rl = tiny.rl_config(sampling=SamplingParams(temperature=TEMPERATURE))

@@ -195,6 +195,7 @@ def test_ratio_is_one_at_mini_step_1(mode, pr2_step):
             assert np.array_equal(x, before[path]) == stands, path
 
 
+@pytest.mark.slow
 def test_predictor_changes_no_other_parameter(world, pr2_step):
     params, optimizer, batch = world
     state = tiny.make_state(moved(params, 0.05), optimizer)

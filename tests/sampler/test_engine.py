@@ -57,6 +57,7 @@ def test_log_probs_and_routes_equal_the_full_forward(world, oracle, replaced):
     np.testing.assert_array_equal(replaced.routes[:, valid], np.asarray(live)[:, valid])
 
 
+@pytest.mark.slow
 def test_buckets_read_enough_of_the_cache(world, oracle):
     sampler = world.sampler(bucket=14, chunk=5)
     rollout, _ = sampler.rollout(world.prompts, 3, PLAIN, key=KEY)
@@ -247,6 +248,7 @@ def test_text_without_a_tokenizer_and_bad_shapes(world):
         world.one.generate([[1], [2]], PLAIN, seeds=[1])
 
 
+@pytest.mark.slow
 def test_data_parallel_slots(world, oracle):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
     config = dataclasses.replace(world.one.config, chunk=12)

@@ -139,6 +139,7 @@ def test_off_is_off():
     assert probe_of(optimizer, every=0).window(state, batch, rollout_of(batch), 0) is None
 
 
+@pytest.mark.slow
 def test_off_holds_the_log_against_live_routes():
     """Nothing is replayed, yet flips and KL are measured, and the log stands beside old routes."""
     optimizer, state, batch = world()

@@ -210,6 +210,7 @@ def _whole(kind, session, folder):
     return _run(_trainer(kind, session), session, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "phase"), [(kind, phase) for kind, phases in PHASES.items() for phase in phases]
 )
