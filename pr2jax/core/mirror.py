@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pr2jax.core.fetch import fetch_all
 from pr2jax.core.files import user_cache
-from pr2jax.core.store import StorageError, as_path, storing, upload
+from pr2jax.core.store import StorageError, as_path, storing, upload, versions
 
 log = logging.getLogger("pr2jax")
 
@@ -48,7 +48,7 @@ class Mirror:
         with storing(self.folder):
             self.folder.mkdir()
         fetch_all(self.store, self.folder)
-        self._uploaded = self._versions()
+        self._uploaded = versions(self.folder)
         log.info("%s: work goes on in %s, and from there to the store", self.store, self.folder)
         self._thread.start()
         return self.folder
@@ -73,8 +73,10 @@ class Mirror:
                 log.warning("%s; trying again in %.0f s", error, self._every_s)
 
     def sync(self) -> None:
-        """Uploads what has changed, and removes what is gone."""
-        now = self._versions()
+        """Uploads what has changed, and removes what is gone. Raises StorageError."""
+        now = versions(self.folder)
+        if not self.folder.is_dir():  # somebody cleared the cache: that is no wish of the job
+            raise StorageError(f"{self.folder}: is gone; {self.store} is left as it was")
         for name, version in now.items():
             if self._uploaded.get(name) != version:
                 try:
@@ -88,20 +90,3 @@ class Mirror:
             with storing(self.store / name):
                 (self.store / name).unlink(missing_ok=True)
             del self._uploaded[name]
-
-    def _versions(self) -> dict[str, tuple[int, int]]:
-        """{name: (bytes, time)} of all files but those that have no name of their own yet."""
-        found = {}
-        for folder, _, names in os.walk(self.folder):
-            for name in names:
-                path = Path(folder, name)
-                relative = path.relative_to(self.folder)
-                parts = relative.parts
-                if any(p.startswith(".") or "orbax-checkpoint-tmp" in p for p in parts):
-                    continue
-                try:
-                    state = path.stat()
-                except FileNotFoundError:
-                    continue
-                found[relative.as_posix()] = (state.st_size, state.st_mtime_ns)
-        return found

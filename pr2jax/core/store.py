@@ -97,7 +97,7 @@ class Staged:
         self.path = Path(self._own.name if self._own else folder)
         with storing(folder):
             self.path.mkdir(parents=True, exist_ok=True)
-        self._uploaded: dict[Path, tuple[int, int]] = {}
+        self._uploaded: dict[str, tuple[int, int]] = {}
         self._synced = time.monotonic()
 
     def fetch(self, name: str) -> Path:
@@ -112,13 +112,10 @@ class Staged:
         """Has all that was written in the folder."""
         if self._own is None:
             return
-        for path in sorted(self.path.rglob("*")):
-            if path.is_file():
-                state = path.stat()
-                version = (state.st_size, state.st_mtime_ns)
-                if self._uploaded.get(path) != version:
-                    upload(path, self.folder / path.relative_to(self.path).as_posix())
-                    self._uploaded[path] = version
+        for name, version in versions(self.path).items():
+            if self._uploaded.get(name) != version:
+                upload(self.path / name, self.folder / name)
+                self._uploaded[name] = version
         self._synced = time.monotonic()
 
     def sync_now_and_then(self) -> None:
@@ -153,6 +150,21 @@ def files_below(
                 found |= files_below(path, depth - 1, f"{prefix}{path.name}/")
         elif path.name:  # a store's own mark of a folder has none
             found[prefix + path.name] = path
+    return found
+
+
+def versions(folder: Path) -> dict[str, tuple[int, int]]:
+    """{relative name: (bytes, time)} of all files below a folder of this machine but those that
+    have no name of their own yet."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if any(p.startswith(".") or "orbax-checkpoint-tmp" in p for p in name.parts):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # gone since
+            if path.is_file():
+                state = path.stat()
+                found[name.as_posix()] = (state.st_size, state.st_mtime_ns)
     return found
 
 

@@ -228,9 +228,9 @@ class _Run:
         if self.ledger is not None:
             self.ledger.sync()
         with goodput.during("checkpoint"):
-            done = self.checkpoints.steps()[-self.options.keep :]
+            done = self.checkpoints.steps()[-self.options.keep :] if self.journal else []
             self.checkpoints.save(self.index, self.state, extra, metrics)
-        if self.journal and done:
+        if done:
             self.trainer.trim_journal(done[0])
 
     def account(self, index: int) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import time
 
 import jax
@@ -400,6 +401,19 @@ def test_a_mirror_is_the_stores_and_goes_back_there(store, tmp_path, monkeypatch
     with Mirror(RUN) as again:
         assert again == folder
         assert (folder / "new").read_text() == "new"
+
+
+def test_a_cleared_cache_clears_no_store(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store.put("bucket", "runs/one/kept", b"kept")
+
+    def clear():
+        with Mirror(RUN) as folder:
+            shutil.rmtree(folder)
+
+    with pytest.raises(StorageError, match=f"is gone; {RUN} is left as it was$"):
+        clear()
+    assert store.names("runs/one/") == ["kept"]
 
 
 def test_a_mirror_whose_store_is_gone(store, tmp_path, monkeypatch, caplog):
